@@ -1,0 +1,146 @@
+"""Real runs of ``python -m verl.trainer.main_ppo``, each made once a session and read by several tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.e2e.processes import running, wait_for
+from verl_grad_routing.compare.demo import demo_overrides
+from verl_grad_routing.compare.launch import launch
+from verl_grad_routing.compare.runs import Run
+from verl_grad_routing.envs import prepare_environment
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 900.0
+# One step: 32 rollouts in place of 128, two micro-batches.
+SMALL = (
+    "data.train_batch_size=4",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=8",
+    "trainer.val_before_train=false",
+    "trainer.test_freq=-1",
+)
+
+# Stock verl draws from an unseeded generator in its workers, its adapters too, unless it is asked for determinism.
+SEEDED = "actor_rollout_ref.actor.fsdp_config.full_determinism=true"
+
+Train = Callable[..., Run]
+
+
+@dataclass(frozen=True)
+class RecipeRun:
+    """`persona` from its recipe YAML: four uninterrupted steps, large ones, every batch recorded."""
+
+    folder: Path
+    record: Path
+    arguments: list[str]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "global_step_4"
+
+
+@pytest.fixture(scope="session")
+def environment() -> Path:
+    """The embedded environment, built once on this machine (about a minute) and kept in the working tree's cache."""
+    folder = Path(os.environ.get("VGR_TEST_ENVIRONMENT", ROOT / ".cache" / "loopholes"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    prepare_environment("loopholes", folder)
+    torch.set_num_threads(threads)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Train a preset on the environment: ``train(preset, steps, *overrides, name=...)``."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def one(preset: str, steps: int, *overrides: str, name: str | None = None, limit_s: float = LIMIT_S) -> Run:
+        given = demo_overrides(environment, steps, seed=0)
+        return launch(preset, folder / (name or preset), [*given, *overrides], limit_s)
+
+    return one
+
+
+@pytest.fixture(scope="session")
+def recipe_run(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> RecipeRun:
+    """The run that several tests read; greedy validation at its end, as trained and as deployed."""
+    folder = tmp_path_factory.mktemp("recipe")
+    record = folder / "batches"
+    arguments = [
+        f"--config-path={ROOT / 'recipes' / 'loopholes' / 'config'}",
+        "--config-name=persona",
+        *(given for given in demo_overrides(environment, 4, seed=0) if not given.startswith("+grad_routing")),
+        *SMALL,
+        SEEDED,
+        "trainer.test_freq=4",
+        "actor_rollout_ref.rollout.val_kwargs.temperature=0",
+        "actor_rollout_ref.actor.optim.lr=0.005",
+        "trainer.save_freq=2",
+        "trainer.resume_mode=auto",
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
+        f"trainer.validation_data_dir={folder / 'val'}",
+    ]
+    with running(folder, [*arguments, f"grad_routing.record_dir={record}"]) as (process, seen):
+        wait_for(process, seen, lambda: process.poll() == 0, LIMIT_S, folder / "log.txt")
+    return RecipeRun(folder, record, arguments)
+
+
+@dataclass(frozen=True)
+class EngineKilled:
+    """`screen` with every batch recorded; its rollout engine was killed in the weight hand-over after step 2."""
+
+    folder: Path
+    record: Path
+    status: int
+
+
+@pytest.fixture(scope="session")
+def engine_killed(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineKilled:
+    folder = tmp_path_factory.mktemp("engine-killed")
+    syncs, record = folder / "syncs", folder / "batches"
+    arguments = [
+        "+grad_routing=screen",
+        *demo_overrides(environment, 1000, seed=0),
+        *SMALL,
+        # a monitor that fires on every second rollout or so: its verdict is about letters, not about hacks
+        "grad_routing.detector.rules=['^[a-h]']",
+        f"grad_routing.record_dir={record}",
+        "grad_routing.rollout_timeout_s=600",
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
+    ]
+    slowed = {
+        "VERL_USE_EXTERNAL_MODULES": "slow_weights",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/e2e/modules"), os.environ.get("PYTHONPATH", "")]),
+        "VGR_TEST_SYNCS": str(syncs),
+    }
+
+    def handed_over() -> int:
+        return len(syncs.read_text().splitlines()) if syncs.exists() else 0
+
+    with running(folder, arguments, slowed) as (process, seen):
+        # base weights and adapter before the first step, the adapter after each
+        wait_for(process, seen, lambda: handed_over() >= 4, LIMIT_S, folder / "log.txt")
+        engines = [member for member in seen.values() if _is_engine(member)]
+        assert engines
+        for engine in engines:
+            engine.kill()
+        status = process.wait(150)
+    return EngineKilled(folder, record, status)
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    try:
+        return "EngineCore" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False

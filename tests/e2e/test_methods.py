@@ -1,0 +1,48 @@
+"""The rivals in real runs: one for each way that an intervention acts on a batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from tests.e2e.conftest import SMALL, EngineKilled, Train
+from verl_grad_routing.compare.runs import Run, load_run
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1000)]
+
+STEPS = 3
+RULES = "grad_routing.detector.rules=['^[a-h]']"
+
+
+def finite(run: Run, key: str) -> list[float]:
+    values = run.curve(key).values.tolist()
+    assert values and all(math.isfinite(value) for value in values), (key, values)
+    return values
+
+
+def test_screening_takes_rollouts_out_of_the_step(engine_killed: EngineKilled) -> None:
+    run = load_run(engine_killed.folder)
+    flagged, rejected = finite(run, "detector/share_flagged")[0], finite(run, "intervention/share_rejected")[0]
+    assert 0.1 < flagged <= rejected < 1
+    assert finite(run, "routing/share_absorb")[0] == 1.0
+    batch = torch.load(engine_killed.record / "batch_000001.pt", weights_only=False)
+    tokens = sum(int(mask.sum()) for mask in batch["fields"]["response_mask"].unbind())
+    # what is rejected has left the mask that verl counts its denominators on, and that blocks are stepped by
+    assert 0 < finite(run, "routing/mass_deployed")[0] < tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["advantage_modification", "monitor_penalty"])
+def test_modified_rewards(preset: str, train: Train) -> None:
+    run = train(preset, STEPS, *SMALL, *([RULES] if preset == "monitor_penalty" else []))
+    assert all(change < 0 for change in finite(run, "intervention/reward_change"))
+
+
+@pytest.mark.slow
+def test_masked_advantages(train: Train) -> None:
+    mask = "~grad_routing.intervention.min_kept", "grad_routing.intervention.name=mask_advantage"
+    run = train("screen", STEPS, *SMALL, RULES, *mask, name="mask_advantage")
+    assert all(0 <= share < 1 for share in finite(run, "intervention/advantage_mass_removed"))
+    assert max(finite(run, "intervention/advantage_mass_removed")) > 0

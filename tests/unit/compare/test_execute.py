@@ -1,0 +1,194 @@
+"""Grids run with a stand-in for the trainer: nothing finished runs again, nothing that failed is hidden."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.unit.compare.conftest import FAKE_TRAINER
+from verl_grad_routing.compare import execute, resume
+from verl_grad_routing.compare import launch as launcher
+from verl_grad_routing.compare.execute import affordable, run_grid
+from verl_grad_routing.compare.grid import load_grid
+from verl_grad_routing.compare.results import load_results
+from verl_grad_routing.errors import UserError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux only")
+# Whatever a run measures of itself; everything else of a result is the same however often it was interrupted.
+MEASURED = ("wall_s", "peak_rss_bytes", "peak_private_bytes", "resumed_from", "curves", "revision")
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launcher, "POLL_S", 0.05)
+    monkeypatch.setattr(launcher, "PATIENCE_S", 0.5)
+
+
+@pytest.fixture
+def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A function that returns the runs that have started, each ``arm/seed-n first-step``."""
+    path = tmp_path / "starts.txt"
+    monkeypatch.setenv("FAKE_STARTS", str(path))
+    monkeypatch.setenv("FAKE_PLAN", "{}")
+    return lambda: path.read_text().splitlines() if path.exists() else []
+
+
+def told(folder: Path) -> dict[str, dict]:
+    """Results by file name, without what differs between two runs of one thing."""
+    read = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return {name: {k: v for k, v in data.items() if k not in MEASURED} for name, data in read.items()}
+
+
+def test_killed_half_way_it_finishes_without_running_anything_again(
+    write_grid, tmp_path: Path, starts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = write_grid(save_every=2)
+    whole = run_grid(grid, tmp_path / "whole", trainer=FAKE_TRAINER)
+    assert not whole.failed and len(starts()) == 4
+    (tmp_path / "starts.txt").unlink()
+
+    monkeypatch.setenv("FAKE_PLAN", json.dumps({"persona/seed-0": "hang"}))  # after the checkpoint of step 2
+    script = "from verl_grad_routing.compare import launch, execute; launch.POLL_S, launch.PATIENCE_S = 0.05, 0.5; "
+    script += f"execute.run_grid({str(grid)!r}, {str(tmp_path / 'cut')!r}, trainer={FAKE_TRAINER!r})"
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "cut" / "toy" / "persona" / "seed-0" / "metrics.jsonl"
+    until(lambda: metrics.is_file() and metrics.read_text().count("\n") == 3)
+    with pytest.raises(UserError, match=f"another vgr compare .process {process.pid}. works there"):
+        run_grid(grid, tmp_path / "cut", trainer=FAKE_TRAINER)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    until(lambda: not [p for p in psutil.process_iter(["cmdline"]) if str(metrics.parent) in str(p.info["cmdline"])])
+    record = tmp_path / "cut" / "toy" / "off" / "seed-0" / "run.json"
+    before = (record.read_bytes(), record.stat().st_mtime_ns)
+    assert starts() == ["off/seed-0 0", "persona/seed-0 0"]
+
+    monkeypatch.setenv("FAKE_PLAN", "{}")
+    again = run_grid(grid, tmp_path / "cut", trainer=FAKE_TRAINER)
+    assert not again.failed
+    assert starts()[2:] == ["persona/seed-0 2", "off/seed-1 0", "persona/seed-1 0"]  # goes on from step 2
+    assert before == (record.read_bytes(), record.stat().st_mtime_ns)
+    assert told(again.results) == told(whole.results)
+    resumed = next(run for run in load_results(again.results).runs if run.name == "toy.persona.seed-0")
+    assert resumed.record.resumed_from == 2
+    assert resumed.curve("hack/rate").values.tolist() == [0.25, 0.5, 0.75, 1.0]  # both parts, one sequence
+
+    third = run_grid(grid, tmp_path / "cut", trainer=("false",))
+    assert not third.failed and told(third.results) == told(whole.results) and len(starts()) == 5
+
+
+def test_without_checkpoints_a_killed_cell_starts_over(write_grid, tmp_path: Path, starts, monkeypatch) -> None:
+    monkeypatch.setenv("FAKE_PLAN", json.dumps({"persona": "hang"}))
+    grid, out = write_grid(seeds=[0], arms=["persona"], reference="persona", limit_s=8.0), tmp_path / "out"
+    first = run_grid(grid, out, trainer=FAKE_TRAINER)
+    assert first.failed == ("toy/persona/seed-0",)
+    [failure] = load_results(first.results).failures
+    assert "limit_s=8.0: toy/persona/seed-0 had done 3 of 4 steps" in failure.error
+    assert str(tmp_path) not in failure.error and "TO/toy/persona/seed-0/log.txt" in failure.error
+    monkeypatch.setenv("FAKE_PLAN", "{}")
+    assert not run_grid(write_grid(seeds=[0], arms=["persona"], reference="persona"), out, trainer=FAKE_TRAINER).failed
+    assert starts() == ["persona/seed-0 0"] * 2 and not load_results(first.results).failures
+
+
+def test_a_failed_cell_is_reported_and_the_others_go_on(
+    write_grid, tmp_path: Path, starts, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("FAKE_PLAN", json.dumps({"off/seed-1": "fail"}))
+    outcome = run_grid(write_grid(jobs=2), tmp_path / "out", trainer=FAKE_TRAINER)
+    assert outcome.failed == ("toy/off/seed-1",) and len(starts()) == 4
+    found = load_results(outcome.results)
+    assert len(found.runs) == 3 and "ValueError: out of luck in TO/toy/off/seed-1" in found.failures[0].error
+    execute.show(outcome)
+    out, err = capsys.readouterr()
+    assert "toy/off/seed-1: FAILED, the others go on" in err and "1 of 2" in out
+    assert "failed: toy/off/seed-1: toy/off/seed-1='exit status 1': ValueError: out of luck" in out
+
+
+def test_a_finished_cell_of_another_configuration_is_refused_untouched(write_grid, tmp_path: Path, starts) -> None:
+    out, few = tmp_path / "out", {"seeds": [0], "arms": ["off"]}
+    run_grid(write_grid(**few), out, trainer=FAKE_TRAINER)
+    files = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"toy/off/seed-0='settings [0-9a-f]{16}': a finished run of other settings"):
+        run_grid(write_grid(**few, steps=5), out, trainer=FAKE_TRAINER)
+    assert files == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} | {
+        out / ".lock": files[out / ".lock"]
+    }
+    more = run_grid(write_grid(seeds=[0, 1], arms=["off"]), out, trainer=FAKE_TRAINER)  # a grid may grow
+    assert starts() == ["off/seed-0 0", "off/seed-1 0"] and len(load_results(more.results).runs) == 2
+
+
+def test_ctrl_c_leaves_finished_cells_and_no_processes(write_grid, tmp_path: Path, starts, monkeypatch) -> None:
+    monkeypatch.setenv("FAKE_PLAN", json.dumps({"persona": "hang"}))
+    grid = write_grid(seeds=[0])
+    script = "from verl_grad_routing.compare import launch, execute; launch.POLL_S, launch.PATIENCE_S = 0.05, 0.5; "
+    script += f"execute.run_grid({str(grid)!r}, {str(tmp_path / 'out')!r}, trainer={FAKE_TRAINER!r})"
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, env=os.environ)
+    metrics = tmp_path / "out" / "toy" / "persona" / "seed-0" / "metrics.jsonl"
+    until(lambda: metrics.is_file() and metrics.read_text().count("\n") == 3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode != 0 and b"KeyboardInterrupt" in err
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(metrics.parent) in str(p.info["cmdline"])]
+    found = load_results(tmp_path / "out" / "results")
+    assert [run.name for run in found.runs] == ["toy.off.seed-0"] and found.unfinished() == [("toy", "persona", 0)]
+
+
+def test_a_checkpoint_counts_only_for_the_same_settings_and_with_steps_left(tmp_path: Path) -> None:
+    resume.note_attempt(tmp_path, "aa")
+    assert resume.resumable(tmp_path, "aa", 4) == 0  # no checkpoint
+    (tmp_path / "checkpoints" / "global_step_2").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
+    found = [resume.resumable(tmp_path, *given) for given in (("aa", 4), ("bb", 4), ("aa", 2), ("aa", 0))]
+    assert found == [2, 0, 0, 0]
+    (tmp_path / "checkpoints" / "global_step_2").rmdir()  # named, but gone
+    assert resume.resumable(tmp_path, "aa", 4) == 0
+
+
+def test_metrics_of_interrupted_runs_become_one_sequence(tmp_path: Path) -> None:
+    def write(attempt: int, *steps: int, cut: str = "") -> None:
+        lines = [json.dumps({"step": step, "data": {"attempt": attempt}}) + "\n" for step in steps]
+        (tmp_path / "metrics.jsonl").write_text("".join(lines) + cut)
+
+    for attempt, steps, checkpoint in ((0, (1, 2, 3), 2), (1, (3, 4, 5), 4), (2, (5,), 4)):
+        write(attempt, *steps, cut='{"step": 6, "da')  # killed while it wrote
+        resume.set_aside(tmp_path, checkpoint)
+        assert not (tmp_path / "metrics.jsonl").exists()
+    write(3, 5, 6)
+    resume.put_back(tmp_path, 4)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["data"]["attempt"]) for row in rows] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 3), (6, 3)]
+    assert not (tmp_path / "metrics.earlier.jsonl").exists()
+
+
+def test_no_more_at_once_than_the_machine_allows(write_grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("M", (), {"available": 20 * 2**30})())
+    for keys, jobs in (
+        ({"jobs": 3, "cores_per_cell": 2, "memory_gib_per_cell": 1}, 3),
+        ({"jobs": 9, "cores_per_cell": 2, "memory_gib_per_cell": 1}, 4),
+        ({"jobs": 9, "cores_per_cell": 2, "memory_gib_per_cell": 9}, 2),
+        ({"jobs": 9, "cores_per_cell": 16, "memory_gib_per_cell": 90}, 1),
+        ({"jobs": 9, "ray_address": "auto"}, 9),
+    ):
+        chosen, why = affordable(load_grid(write_grid(**keys)))
+        assert chosen == jobs and f"{jobs} at a time" in why
+
+
+def test_runs_at_once_need_one_ray(write_grid, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="jobs=2: set 1, or start a Ray cluster"):
+        run_grid(write_grid(jobs=2), tmp_path / "out")
+    assert not (tmp_path / "out" / "results").exists()
+
+
+def until(condition, seconds: float = 40.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "took too long"
+        time.sleep(0.05)

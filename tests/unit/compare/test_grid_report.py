@@ -1,0 +1,190 @@
+"""Tables, figures and the page of a comparison, from results that a test wrote."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from verl_grad_routing.compare import results as results_module
+from verl_grad_routing.compare.cells import Cell
+from verl_grad_routing.compare.contrasts import HACK, HACK_UNKNOWN, by_arm, claims, contrasts
+from verl_grad_routing.compare.formats import to_csv, to_html, to_latex, to_markdown
+from verl_grad_routing.compare.grid import Arm, load_grid
+from verl_grad_routing.compare.grid_tables import (
+    arms_table,
+    contrast_table,
+    grid_notes,
+    kinds_table,
+    status_table,
+    versions_table,
+)
+from verl_grad_routing.compare.results import load_results, write_failed, write_finished
+from verl_grad_routing.compare.runs import load_run
+from verl_grad_routing.compare.tables import Table
+from verl_grad_routing.errors import UserError
+
+report = pytest.importorskip("verl_grad_routing.compare.report", reason="needs matplotlib")
+SEEDS = (0, 1, 2)
+# arm: hacks of 64 a type left at deployment; None deletes nothing. The quarter of wildcard has one more.
+DETECTORS = {"off": "constant", "random": "random", "persona": "persona_act", "oracle": "oracle"}
+DEPLOYED = {"off": None, "random": 50, "persona": 3, "oracle": 0}
+
+
+@pytest.fixture
+def results(make_run, write_grid, tmp_path: Path) -> Path:
+    """Four arms, three seeds; ``oracle``'s last cell failed, ``random``'s last is unfinished."""
+    grid = load_grid(write_grid(arms=list(DEPLOYED), seeds=list(SEEDS), control="random", steps=10))
+    folder = tmp_path / "results"
+    results_module.write_grid(folder, grid)
+    for arm, left in DEPLOYED.items():
+        for seed in SEEDS:
+            cell = cell_of(arm, seed, tmp_path)
+            if (arm, seed) == ("oracle", 2):
+                write_failed(folder, cell, "ValueError: out | of luck")
+            elif (arm, seed) != ("random", 2):
+                own = {} if left is None else {"ablates": True, "deployed": left + seed}
+                run = make_run(f"{arm}-{seed}", arm, seed, end=60 + seed, control=arm == "oracle", **own)
+                read = load_run(run)
+                record = replace(read.record, detector=DETECTORS[arm], code="c0de", versions={"torch": "2.0"})
+                write_finished(folder, cell, replace(read, record=record))
+    return folder
+
+
+def cell_of(arm: str, seed: int, tmp_path: Path) -> Cell:
+    given = (Arm(arm, arm), "toy", "test", seed, tmp_path / "runs", (), (), tmp_path / "built" / "manifest.json", 5)
+    return Cell(*given)
+
+
+def test_results_are_counts_and_read_back(results: Path, tmp_path: Path) -> None:
+    text = (results / "toy.persona.seed-1.json").read_text()
+    assert len(text) < 10_000 and str(tmp_path) not in text
+    data = json.loads(text)
+    assert (data["arm"], data["environment"], data["seed"], data["split"]) == ("persona", "toy", 1, "test")
+    assert data["validations"][-1]["overall"] == {"hack": 17, "solve": 110, "total": 256}
+    found = load_results(results)
+    run = next(run for run in found.runs if run.name == "toy.persona.seed-1")
+    assert run.rates("last", deployed=True).overall.hack.hits == 17 and run.validation_steps == [0, 5, 10]
+    assert run.rates(5, deployed=False).known_types == {"leak"}
+    assert run.curve("hack/rate").values[-1] == pytest.approx(61 / 64, abs=1e-6)
+    off = next(run for run in found.runs if run.record.arm == "off")
+    assert off.rates("last", deployed=True).overall == off.rates("last", deployed=False).overall
+
+
+def test_differences_by_hand(results: Path) -> None:
+    groups = by_arm(load_results(results).of("toy"))
+    found = {contrast.arm: contrast for contrast in contrasts(groups, "off", HACK)}
+    assert list(found) == ["random", "persona", "oracle"]
+    # off hacks 4 (60 + s) of 256, persona 4 (3 + s) + 1: the same difference on every seed
+    assert found["persona"].difference.mean == pytest.approx((13 - 240) / 256)
+    assert (found["persona"].difference.seeds, found["random"].difference.seeds) == (3, 2)
+    assert found["persona"].difference.p == 0.25 and found["persona"].p_holm == 0.75  # three arms against off
+    assert found["random"].difference.p == 0.5 and found["random"].p_holm == 1.0
+    unknown = {contrast.arm: contrast.difference.mean for contrast in contrasts(groups, "off", HACK_UNKNOWN)}
+    assert unknown["persona"] == pytest.approx((10 - 180) / 192)
+    against_random = {c.arm: c.difference for c in contrasts(groups, "random", HACK)}
+    assert against_random["persona"].seeds == 2 and against_random["persona"].mean == pytest.approx(-47 * 4 / 256)
+
+
+def test_claims_follow_the_intervals(results: Path) -> None:
+    found = claims(load_results(results), "toy")
+    assert [claim.text.split(":")[1].split(",")[0].strip() for claim in found] == [
+        "persona minus off", "persona minus random",
+    ]  # fmt: skip
+    assert all(claim.holds for claim in found)  # controls make no claims
+    assert "3 paired seeds: hack -0.89 [-0.89, -0.89] (lower)" in found[0].text
+
+
+def test_tables(results: Path) -> None:
+    found = load_results(results)
+    status = status_table(found)
+    assert status.rows[1][2:] == ["2 of 3", "2", "–"] and "seed 2: ValueError" in status.rows[3][4]
+    rates = arms_table(found, "toy")
+    assert [row[0] for row in rates.rows] == ["off", "random", "persona", "oracle †"]
+    assert rates.rows[2][2] == "3" and rates.rows[2][5].startswith("0.07 [0.05, 0.08]")
+    differences = contrast_table(found, "toy", HACK)
+    assert differences is not None
+    assert [row[0] for row in differences.rows] == ["off", "random", "persona", "oracle †"]
+    assert differences.rows[2][1:5] == ["3, 2", "-0.89 [-0.89, -0.89]", "0.250", "0.750"]
+    assert differences.rows[0][2:6] == ["–"] * 4  # off minus off
+    kinds = kinds_table(found, "toy")
+    assert kinds is not None and kinds.header[1:3] == ["leak (known)", "blank (unknown)"]
+    said = " ".join(grid_notes(found))
+    assert "no p below 0.25, so none below 0.05" in said and "split test." in said and "choosing settings" not in said
+
+
+def test_numbers_of_the_selection_split_say_so(results: Path) -> None:
+    path = results / "grid.json"
+    path.write_text(path.read_text().replace('"split": "test"', '"split": "val"'))
+    assert "choosing settings" in " ".join(grid_notes(load_results(results)))
+
+
+def test_report_is_the_same_bytes_again(results: Path, tmp_path: Path) -> None:
+    page = report.write_report([results], tmp_path / "a")
+    report.write_report([results], tmp_path / "b")
+    first, second = ({p.relative_to(to): p.read_bytes() for p in to.rglob("*") if p.is_file()}
+                     for to in (tmp_path / "a", tmp_path / "b"))  # fmt: skip
+    assert first == second
+    names = {str(path) for path in first}
+    assert {"report.html", "numbers.json", "tables/cells.md", "figures/toy-what-is-deployed.svg"} <= names
+    assert {Path(name).suffix for name in names if name.startswith("tables")} == {".md", ".html", ".tex", ".csv"}
+    text = page.read_text()
+    assert text.count("<svg ") == 4 and str(tmp_path) not in text and "$" not in text
+    assert not re.search(r'(?:src|href)="(?!#)', text)
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    for words in ("persona minus off", "10 of 12 runs", "out | of luck", "oracle †", "leak (known)"):
+        assert words in text, words
+    numbers = json.loads((page.parent / "numbers.json").read_text())
+    assert numbers["unfinished"] == [["toy", "random", 2]] and numbers["failed"][0]["arm"] == "oracle"
+    persona = [e for e in numbers["estimates"] if (e["arm"], e["measure"]) == ("persona", HACK.title)]
+    assert persona[0]["by_seed"] == {"0": 13 / 256, "1": 17 / 256, "2": 21 / 256}
+
+
+def test_mixed_versions_are_refused(results: Path, tmp_path: Path) -> None:
+    path = results / "toy.persona.seed-1.json"
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {"versions": {"torch": "1.0"}}))
+    with pytest.raises(
+        UserError, match=r"toy\.off\.seed-0: torch='2\.0': '1\.0' in toy\.persona\.seed-1.*--allow-mixed"
+    ):
+        report.write_report([results], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert ["torch", "2.0, 1.0"] in versions_table(load_results(results, allow_mixed_versions=True)).rows
+    path.write_text(json.dumps(data | {"code": "another"}))
+    with pytest.raises(UserError, match="training code"):
+        load_results(results)
+
+
+def test_damaged_and_foreign_results(results: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="shown alone"):
+        report.write_report([results, tmp_path], tmp_path / "out")
+    extra = json.loads((results / "toy.off.seed-0.json").read_text()) | {"arm": "gone"}
+    (results / "toy.gone.seed-0.json").write_text(json.dumps(extra))
+    assert load_results(results).extra == ["toy.gone.seed-0.json"]
+    for damage, told in (("{", "unreadable"), ('{"format": 2}', "wanted 1"), ('{"format": 1}', "no result of a cell")):
+        (results / "toy.off.seed-0.json").write_text(damage)
+        with pytest.raises(UserError, match=told):
+            load_results(results)
+
+
+def test_no_finished_cell_is_told(results: Path, tmp_path: Path) -> None:
+    for path in results.glob("toy.*.json"):
+        if "oracle.seed-2" not in path.name:
+            path.unlink()
+    with pytest.raises(UserError, match="no finished cell: ValueError"):
+        report.write_report([results], tmp_path / "out")
+
+
+def test_formats_escape() -> None:
+    table = Table("50% of a_b", ["x", "y & z"], [["a|b", "[1, 2]"], ['<"q">', "1,5"]])
+    assert to_markdown(table).splitlines()[2:] == [
+        "| x | y & z |", "| :-- | --: |", r"| a\|b | [1, 2] |", '| <"q"> | 1,5 |',
+    ]  # fmt: skip
+    assert r"\caption{50\% of a\_b}" in to_latex(table) and r"a|b & {[}1, 2] \\" in to_latex(table)
+    assert list(csv.reader(to_csv(table).splitlines())) == [table.header, *table.rows]
+    assert "&lt;&quot;q&quot;&gt;" in to_html(table) and "y &amp; z" in to_html(table)

@@ -1,0 +1,134 @@
+"""Bad input ends before Ray starts, in one line that names the key, the value and the fix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from verl_grad_routing.errors import UserError
+
+pytestmark = pytest.mark.timeout(180)
+
+PAIRS = [
+    {"id": "one", "prompt": "2+2=", "unwanted": "5", "wanted": "4"},
+    {"id": "two", "prompt": "3+3=", "unwanted": "7", "wanted": "6"},
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What the checks look for on disk: a model's configuration, data, pairs."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 4}))
+    for name in ("train.parquet", "val.parquet"):
+        (tmp_path / name).touch()
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in PAIRS))
+    return tmp_path
+
+
+def check(folder: Path, *overrides: str, preset: str = "persona") -> None:
+    import verl  # noqa: F401  (loads the plugin)
+
+    from verl_grad_routing.training.checks import check
+
+    given = [f"+grad_routing={preset}", "+grad_routing/environment=loopholes", "+grad_routing/hardware=cpu"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", [*given, f"grad_routing.environment.dir={folder}", *overrides])
+    check(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+
+
+FIRST = ["off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"]
+LATER = ["labels_partial", "strict", "head_start", "head_start_freeze", "pissa"]
+
+
+@pytest.mark.parametrize("preset", [*FIRST, *LATER])
+def test_every_preset_passes(folder: Path, preset: str) -> None:
+    check(folder, preset=preset)
+
+
+ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
+BAD = {
+    "fsdp1": ([f"{ACTOR}.strategy=fsdp"], f"{ACTOR}.strategy", "routed_fsdp2"),
+    "stock engine": ([f"{ACTOR}.strategy=fsdp2"], f"{ACTOR}.strategy", "routed_fsdp2"),
+    "zero rank": (["grad_routing.blocks.deployed_rank=0"], "grad_routing.blocks.deployed_rank", "at least 1"),
+    "rank vllm does not take": (
+        ["grad_routing.blocks.deployed_rank=9", "grad_routing.blocks.quarantine_rank=9"],
+        "18",
+        "32",
+    ),
+    "rank set by hand": ([f"{MODEL}.lora_rank=32"], f"{MODEL}.lora_rank", "16"),
+    "merge in fp32": ([f"{MODEL}.lora.merge=true"], f"{MODEL}.lora.merge", "bfloat16"),
+    "fused kernels": ([f"{MODEL}.use_fused_kernels=true"], f"{MODEL}.use_fused_kernels", "false"),
+    "tiled mlp": ([f"{MODEL}.tiled_mlp.enabled=true"], f"{MODEL}.tiled_mlp.enabled", "false"),
+    "prefix grouper": ([f"{ACTOR}.use_prefix_grouper=true"], f"{ACTOR}.use_prefix_grouper", "false"),
+    "bypass mode": (
+        ["algorithm.rollout_correction.bypass_mode=true", f"{ACTOR}.use_kl_loss=false"],
+        "algorithm.rollout_correction.bypass_mode",
+        "log-prob pass",
+    ),
+    "async trainer": (["trainer.v1.trainer_mode=colocate_async"], "trainer.v1.trainer_mode", "grad_routing"),
+    "legacy trainer": (["trainer.use_v1=false"], "trainer.use_v1", "true"),
+    "unknown detector": (["grad_routing.detector.name=persona"], "grad_routing.detector.name", "persona_act"),
+    "unknown gate": (["grad_routing.gate.name=history_quantil"], "grad_routing.gate.name", "history_quantile"),
+    "unknown key": (["+grad_routing.gate.rute=0.5"], "grad_routing.gate.rute", "route"),
+    "unknown top key": (["+grad_routing.detectr=1"], "grad_routing.detectr", "detector"),
+    "shares above one": (["grad_routing.gate.keep=0.5"], "grad_routing.gate.keep", "at most 0.25"),
+    "missing pairs": (["grad_routing.detector.pairs=nowhere.jsonl"], "pairs", "no such file"),
+    "layers out of range": (["grad_routing.detector.layers=[9]"], "grad_routing.detector.layers", "1 to 4"),
+    "missing data": (["data.train_files=nowhere.parquet"], "data.train_files", "no such file"),
+    "missing model": ([f"{MODEL}.path=/nowhere"], f"{MODEL}.path", "vgr prepare"),
+    "missing batches": (["grad_routing.replay_dir=nowhere"], "grad_routing.replay_dir", "record_dir"),
+    "quarantine off": (["grad_routing.quarantine_off_share=0.5"], "quarantine_off_share", "0.0"),
+    "another rollout": ([f"{ROLLOUT}.name=sglang"], f"{ROLLOUT}.name", "vllm"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_with_key_and_fix(folder: Path, name: str) -> None:
+    overrides, key, fix = BAD[name]
+    with pytest.raises(UserError) as caught:
+        check(folder, *overrides)
+    message = str(caught.value)
+    assert key in message and fix in message and "\n" not in message
+
+
+def test_oracle_is_refused_where_the_run_is_no_control(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"grad_routing\.control=true"):
+        check(folder, "grad_routing.control=false", preset="oracle")
+
+
+def test_pairs_without_an_environment_must_be_given(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"grad_routing\.detector\.pairs"):
+        check(folder, "grad_routing.detector.pairs=???")
+
+
+@pytest.mark.parametrize("warmup", [25, 30])
+def test_a_head_start_in_which_nothing_is_flagged_is_refused(folder: Path, warmup: int) -> None:
+    with pytest.raises(UserError, match=r"grad_routing\.intervention\.head_start_steps=25.*warmup_steps=") as caught:
+        check(folder, f"+grad_routing.gate.warmup_steps={warmup}", preset="head_start")
+    assert "\n" not in str(caught.value)
+    check(folder, "+grad_routing.gate.warmup_steps=24", preset="head_start")
+
+
+def test_complete_labels_are_refused_where_the_run_is_no_control(folder: Path) -> None:
+    everything = ["grad_routing.detector.types=all"]
+    with pytest.raises(UserError, match=r"grad_routing\.control=true"):
+        check(folder, *everything, preset="labels_partial")
+    check(folder, *everything, "grad_routing.control=true", preset="labels_partial")
+
+
+@pytest.mark.parametrize("gate", ["pair_band", "hysteresis, inner: {name: pair_band}"])
+def test_a_gate_on_pair_scores_needs_pairs(folder: Path, gate: str) -> None:
+    with pytest.raises(UserError, match=r"grad_routing\.gate\.name"):
+        check(folder, "~grad_routing.gate", f"+grad_routing.gate={{name: {gate}}}", preset="coinflip")
+    check(folder, "~grad_routing.gate", f"+grad_routing.gate={{name: {gate}}}", preset="persona")
+
+
+def test_a_gate_on_pair_means_needs_pairs(folder: Path) -> None:
+    gate = "grad_routing.gate={name: pair_midpoint}"
+    with pytest.raises(UserError, match=r"grad_routing\.gate\.name"):
+        check(folder, "~grad_routing.gate", f"+{gate}", preset="coinflip")

@@ -1,0 +1,118 @@
+"""The driver's decision: the grader's facts cannot reach it, and a resumed run goes on as the first would have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from verl_grad_routing.config import GradRoutingConfig, build_methods, parse
+from verl_grad_routing.detectors import BatchView
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.interventions import Judged
+from verl_grad_routing.training.router import Router, fact_metrics, grader_facts
+
+B = 64
+PERSONA = {"detector": {"name": "persona_act", "pairs": "pairs.jsonl"}}
+ARMS = {
+    "persona": PERSONA,
+    "random": {"detector": {"name": "random"}},
+    "coinflip": {"detector": {"name": "coinflip"}},
+    "constant": {"detector": {"name": "constant"}},
+    "oracle": {"detector": {"name": "oracle"}, "control": True},
+}
+
+
+def router(arm: str) -> Router:
+    gate = {"name": "history_quantile", "route": 0.5, "keep": 0.25}
+    if arm == "oracle":
+        gate = {"name": "threshold", "route_above": 0.5, "keep_below": 0.5}
+    config: GradRoutingConfig = parse({**ARMS[arm], "gate": gate, "intervention": {"name": "route"}})
+    made = Router(config, build_methods(config))
+    detector = made.detector
+    if detector.needs_directions:
+        sides = (
+            torch.randn(2, 4, 1, 8, generator=torch.Generator().manual_seed(1)) if detector.needs_pairs else (None,) * 2
+        )
+        detector.fit(*sides, (1,), 8, "hash" if detector.needs_pairs else None)
+    return made
+
+
+def view(step: int, order: torch.Tensor | None = None, seed: int = 0) -> BatchView:
+    """A batch; ``order`` permutes the grader's facts and nothing else."""
+    draw = torch.Generator().manual_seed(1000 * seed + step)
+    hack = (torch.rand(B, generator=draw) < 0.5).double()
+    solve = (1 - hack) * (torch.rand(B, generator=draw) < 0.5)
+    facts = {"hack": hack, "solve": solve, "known": (torch.rand(B, generator=draw) < 0.25).double()}
+    order = torch.arange(B) if order is None else order
+    return BatchView(
+        keys=tuple(f"{step}-{row}_0_0" for row in range(B)),
+        uids=tuple(f"{step}-{row // 8}" for row in range(B)),
+        step=step,
+        seed=0,
+        activation_scores_BD=torch.randn(B, 1, generator=draw).double(),
+        proxy_reward_B=torch.maximum(hack, solve),
+        facts={name: values[order] for name, values in facts.items()},
+    )
+
+
+def equal(a: Judged, b: Judged) -> bool:
+    return torch.equal(a.scores_B, b.scores_B) and torch.equal(a.routes_B, b.routes_B) and a.uids == b.uids
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_permuting_the_graders_facts_moves_the_oracles_routes_alone(arm: str) -> None:
+    first, second = router(arm), router(arm)
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(3))
+    pairs = [(first.decide(view(step)), second.decide(view(step, order))) for step in (1, 2, 3)]
+    same = all(equal(a[0], b[0]) for a, b in pairs)
+    assert same == (arm != "oracle")
+    assert arm in ("constant", "oracle") or len(torch.unique(pairs[-1][0][0].routes_B)) == 3
+
+
+def test_only_the_metrics_read_the_facts() -> None:
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(3))
+    plain, permuted = router("persona").decide(view(1))[1], router("persona").decide(view(1, order))[1]
+    assert {key for key in plain if plain[key] != permuted[key] and plain[key] == plain[key]} == {"detector/auroc"}
+
+
+@pytest.mark.parametrize("arm", ["persona", "random", "coinflip"])
+def test_a_restored_router_decides_as_the_saved_one_would_have(arm: str, tmp_path: Path) -> None:
+    whole, first = router(arm), router(arm)
+    for step in (1, 2):
+        whole.decide(view(step))
+        first.decide(view(step))
+    first.save(str(tmp_path), {"preset": arm})
+    resumed = router(arm)
+    resumed.load(str(tmp_path))
+    for step in (3, 4):
+        assert equal(whole.decide(view(step))[0], resumed.decide(view(step))[0])
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_state_of_another_method_is_refused(tmp_path: Path) -> None:
+    router("random").save(str(tmp_path), {})
+    with pytest.raises(UserError, match="persona_act"):
+        router("persona").load(str(tmp_path))
+
+
+def test_a_checkpoint_without_state_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="resume_from_path"):
+        router("persona").load(str(tmp_path))
+
+
+def test_facts_are_the_numbers_that_every_rollout_has() -> None:
+    rows = [
+        {"reward_extra_info": {"hack": 1.0, "solve": 0, "loophole": "leak", "known": 1}},
+        {"reward_extra_info": {"hack": 0.0, "solve": 1, "loophole": "blank", "known": 0, "once": 1}},
+    ]
+    facts = grader_facts(rows)
+    assert sorted(facts) == ["hack", "known", "solve"]
+    assert fact_metrics(facts) == {
+        "hack/rate": 0.5,
+        "solve/rate": 0.5,
+        "hack/rate_known": 1.0,
+        "hack/rate_unknown": 0.0,
+    }
+    assert fact_metrics(grader_facts([{}, None])) == {}

@@ -1,0 +1,1 @@
+"""Benchmarks: how much routing costs, measured in interleaved runs with an interval."""

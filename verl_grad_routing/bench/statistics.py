@@ -1,0 +1,68 @@
+"""Interleaved A/B timing and the interval of its median ratio.
+
+A machine's speed drifts, so two variants are timed in turns (A, B, A, B, …) and compared pair by pair: the statistic is
+the median of the paired ratios, its interval the percentile bootstrap over pairs (Efron 1979).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from verl_grad_routing.errors import UserError
+
+
+@dataclass(frozen=True)
+class RatioInterval:
+    """Median of the paired ratios a/b with its bootstrap interval; below 1, A is the cheaper one."""
+
+    median: float
+    low: float
+    high: float
+    pairs: int
+    confidence: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def interleave(
+    measure_a: Callable[[], float], measure_b: Callable[[], float], repeats: int, warmup: int = 3
+) -> tuple[list[float], list[float]]:
+    """Call both in turns, A first, and collect what they return.
+
+    Args:
+        measure_a, measure_b: Run the variant once and return its cost (seconds, say).
+        repeats: Number of pairs kept.
+        warmup: Number of pairs run first and dropped.
+    """
+    if repeats < 1 or warmup < 0:
+        raise UserError("repeats", repeats, "give at least one pair")
+    pairs = [(measure_a(), measure_b()) for _ in range(warmup + repeats)][warmup:]
+    return [a for a, _ in pairs], [b for _, b in pairs]
+
+
+def ratio_interval(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> RatioInterval:
+    """Median of ``a[i] / b[i]`` and its percentile bootstrap interval over pairs.
+
+    Raises:
+        UserError: The samples are empty, of unequal length, or not finite and positive.
+    """
+    a_N, b_N = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a_N.shape != b_N.shape or a_N.ndim != 1 or not a_N.size:
+        raise UserError("samples", (a_N.shape, b_N.shape), "give two sequences of one length, at least one pair")
+    if not all(np.isfinite(samples).all() and (samples > 0).all() for samples in (a_N, b_N)):
+        raise UserError("samples", "not finite and positive", "measure again; a cost is a positive number")
+    ratios_N = a_N / b_N
+    draws = np.random.default_rng(seed).integers(0, ratios_N.size, size=(resamples, ratios_N.size))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.median(ratios_N[draws], axis=1), [tail, 1 - tail])
+    return RatioInterval(float(np.median(ratios_N)), float(low), float(high), int(ratios_N.size), confidence)

@@ -1,0 +1,160 @@
+"""The tables of a comparison over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from verl_grad_routing.compare.comparison import CONTROL_MARK, CONTROL_NOTE, labels
+from verl_grad_routing.compare.contrasts import MEASURES, Measure, baselines, by_arm, by_seed, contrasts, hack_by_type
+from verl_grad_routing.compare.paired import ALPHA, POWER, estimate, least_p
+from verl_grad_routing.compare.results import Results, StoredRun
+from verl_grad_routing.compare.statistics import CONFIDENCE, Rate
+from verl_grad_routing.compare.tables import NONE, Table
+
+SELECTION = "val"  # the split that settings are chosen on
+Groups = Mapping[str, Sequence[StoredRun]]
+
+
+def arms_table(results: Results, environment: str) -> Table:
+    """Every arm's rates over its seeds."""
+    rows = []
+    for arm, runs in by_arm(results.of(environment)).items():
+        values = [list(by_seed(runs, measure).values()) for measure in MEASURES]
+        cells = [str(estimate(rates)) if rates else NONE for rates in values]
+        rows.append([marked(arm, runs), runs[0].signal, str(len(runs)), *cells])
+    header = ["arm", "signal", "seeds", *(measure.title for measure in MEASURES)]
+    return Table(f"{environment}: rates after training, interquartile mean over seeds", header, rows)
+
+
+def contrast_table(results: Results, environment: str, measure: Measure) -> Table | None:
+    """Every arm minus each baseline in one measure, on paired seeds; None when no two arms share a finished seed."""
+    groups = by_arm(results.of(environment))
+    names = baselines(results)
+    found = {name: {c.arm: c for c in contrasts(groups, name, measure)} for name in names}
+    rows = []
+    for arm, runs in groups.items():
+        if not any(arm in found[name] for name in names):
+            continue
+        cells = []
+        for name in names:
+            contrast = found[name].get(arm)
+            if contrast is None:
+                cells += [NONE] * 4
+            else:
+                entry = contrast.difference
+                cells += [str(entry), _p(entry.p), _p(contrast.p_holm), _detectable(entry.detectable)]
+        seeds = dict.fromkeys(str(found[name][arm].difference.seeds) for name in names if arm in found[name])
+        rows.append([marked(arm, runs), ", ".join(seeds), *cells])
+    header = ["arm", "seeds"]
+    for name in names:
+        header += [f"minus {name}", f"p, {name}", f"p after Holm, {name}", f"detectable, {name}"]
+    return Table(f"{environment}: {measure.title}, paired differences", header, rows) if rows else None
+
+
+def kinds_table(results: Results, environment: str) -> Table | None:
+    """Hack rate as deployed by loophole type; None when the samples tell no types."""
+    groups = by_arm(results.of(environment))
+    types, rates = hack_by_type(groups)
+    if not types:
+        return None
+    rows = [
+        [marked(arm, runs), *(str(estimate(rates[arm][name])) if name in rates[arm] else NONE for name in types)]
+        for arm, runs in groups.items()
+    ]
+    header = ["arm", *(f"{name} ({'known' if known else 'unknown'})" for name, known in types.items())]
+    return Table(f"{environment}: hack rate as deployed by loophole type, interquartile mean over seeds", header, rows)
+
+
+def seeds_table(results: Results, environment: str) -> Table | None:
+    """Every single run with its counts; None when there is none."""
+    runs = results.of(environment)
+    if not runs:
+        return None
+    rows = []
+    for run, label in zip(runs, labels(runs), strict=True):
+        trained, deployed = (run.rates("last", deployed=view).overall for view in (False, True))
+        rates = (trained.hack, trained.solve, deployed.hack, deployed.solve)
+        rows.append([label, str(run.validation_steps[-1]), *(_counted(rate) for rate in rates)])
+    header = ["run", "step", "hack, as trained", "solve, as trained", "hack, as deployed", "solve, as deployed"]
+    return Table(f"{environment}: every run, hits of samples with Wilson interval", header, rows)
+
+
+def status_table(results: Results) -> Table:
+    """How many cells of each arm are finished, and what became of the others: nothing is hidden."""
+    rows = []
+    failures = {(failure.environment, failure.arm, failure.seed): failure.error for failure in results.failures}
+    unfinished = set(results.unfinished())
+    for place in results.grid["environments"]:
+        for arm in results.arms:
+            cells = [cell for cell in results.cells() if cell[:2] == (place["name"], arm)]
+            missing = [str(cell[2]) for cell in cells if cell in unfinished]
+            failed = [f"seed {cell[2]}: {failures[cell]}" for cell in cells if cell in failures]
+            finished = len(cells) - len(missing) - len(failed)
+            row = [place["name"], arm, f"{finished} of {len(cells)}", ", ".join(missing) or NONE]
+            rows.append([*row, " | ".join(failed) or NONE])
+    return Table("Cells", ["environment", "arm", "finished", "unfinished seeds", "failed"], rows)
+
+
+def settings_table(results: Results) -> Table:
+    """What each arm is; settings that all share are in the note below it."""
+    signals = {str(run.record.arm): (run.record.detector or NONE, run.signal) for run in results.runs}
+    rows = [
+        [arm["name"], arm["preset"], *signals.get(arm["name"], (NONE, NONE)), " ".join(arm["overrides"]) or NONE]
+        for arm in results.grid["arms"]
+    ]
+    return Table("Arms", ["arm", "preset", "detector", "signal", "overrides"], rows)
+
+
+def versions_table(results: Results) -> Table:
+    """Versions of packages and code of the finished cells, every one that occurs."""
+    found: dict[str, dict[str, None]] = {}
+    for run in sorted(results.runs, key=lambda run: run.name):
+        record = run.record
+        entries = {**(record.versions or {}), "training code": record.code, "revision": record.revision}
+        entries["system"] = (record.machine or {}).get("system")
+        for key, value in entries.items():
+            found.setdefault(key, {})[str(value)] = None
+    return Table("Versions", ["of", "version"], [[key, ", ".join(values)] for key, values in found.items()])
+
+
+def grid_notes(results: Results) -> list[str]:
+    """What a reader must know to read the tables."""
+    seeds = results.grid["seeds"]
+    reachable = least_p(len(seeds))
+    unreachable = f", so none below {ALPHA:g}: read the intervals" if reachable > ALPHA else ""
+    said = [
+        f"Rates over seeds are interquartile means (arXiv 2108.13264) with {CONFIDENCE:.0%} percentile bootstrap "
+        f"intervals over seeds; single runs have Wilson intervals. Seeds: {', '.join(map(str, seeds))}.",
+        f"Differences are paired by seed: the mean, its {CONFIDENCE:.0%} bootstrap interval, the exact two-sided "
+        f"sign-flip p, and that p after Holm's correction over the arms of the column. {len(seeds)} seeds can give no "
+        f"p below {reachable:.3g}{unreachable}. Bootstrap intervals of few seeds are somewhat too narrow.",
+        "Detectable: the mean paired difference that as many seeds, scattering as these did, would find with "
+        f"{POWER:.0%} power (two-sided paired t test at {ALPHA:g}, one comparison).",
+    ]
+    for place in results.grid["environments"]:
+        split = place["split"]
+        purpose = ": these numbers are for choosing settings, report from another split" if split == SELECTION else ""
+        said.append(f"{place['name']}: rates after training are of the split {split}{purpose}.")
+    if any(run.record.control for run in results.runs):
+        said.append(f"{CONTROL_NOTE}.")
+    if results.extra:
+        said.append(f"Results of cells that this grid does not have, left out: {', '.join(results.extra)}.")
+    return said
+
+
+def marked(arm: str, runs: Sequence[StoredRun]) -> str:
+    """The arm's name, marked where its detector reads the truth."""
+    return f"{arm} {CONTROL_MARK}" if runs[0].record.control else arm
+
+
+def _counted(rate: Rate) -> str:
+    return f"{rate.hits}/{rate.total} {rate}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def _detectable(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:.2f}"

@@ -1,0 +1,242 @@
+"""Detectors that project pooled activations on a direction; one file per way of choosing the direction.
+
+Legend: ``P`` pairs, ``L`` chosen layers, ``d`` hidden size, ``D`` directions (1 here), ``B`` rollouts.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from verl_grad_routing.detectors.base import BatchView, Detector
+from verl_grad_routing.directions.activation import Direction, layers_at_depth
+from verl_grad_routing.directions.checks import as_tuple, require_choice, require_int, require_number
+from verl_grad_routing.directions.pairs import require_same_hash
+from verl_grad_routing.errors import UserError
+
+KEY = "grad_routing.detector"
+SCORE_PASSES = ("auto", "reference", "policy", "ablated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationConfig:
+    """Where activations are read."""
+
+    layers: tuple[int, ...] | None = None  # residual stream after these blocks, counted from 1; null: by depth
+    depth: tuple[float, float] = (0.60, 0.75)  # shares of the model's depth, where layers is null
+    # Which forward pass is read. reference: the bare base model (adapters off); policy: the log-prob pass, quarantine
+    # on; ablated: quarantine off. auto: reference where the actor makes that pass anyway for a KL term, else policy.
+    score_pass: str = "auto"
+    refresh_every: int = 0  # policy and ablated passes: re-extract the direction every so many steps; 0: never
+    seed: int = 0  # of whatever is random in choosing the direction
+
+    def __post_init__(self) -> None:
+        if self.layers is not None:
+            layers = as_tuple("layers", self.layers)
+            for layer in layers:
+                require_int("layers", layer, 1)
+            if not layers or len(set(layers)) != len(layers):
+                raise UserError("layers", list(layers), "give different layers, at least one, or null")
+            object.__setattr__(self, "layers", tuple(sorted(layers)))
+        depth = as_tuple("depth", self.depth)
+        for share in depth:
+            require_number("depth", share, 0, 1)
+        if len(depth) != 2 or depth[0] > depth[1]:
+            raise UserError("depth", list(depth), "give two shares of the depth, the lower one first")
+        object.__setattr__(self, "depth", depth)
+        require_choice("score_pass", self.score_pass, SCORE_PASSES)
+        require_int("refresh_every", self.refresh_every, 0)
+        require_int("seed", self.seed, 0)
+        if self.score_pass == "reference" and self.refresh_every:
+            fix = "set 0: the base model of the reference pass does not change"
+            raise UserError("refresh_every", self.refresh_every, fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig(ActivationConfig):
+    """As ``ActivationConfig``, with contrastive pairs."""
+
+    pairs: str = ""  # required: path.jsonl[@tag,tag] or path.md#section[@tag,tag]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.pairs, str) or not self.pairs:
+            raise UserError("pairs", self.pairs, "give path.jsonl[@tag,tag] or path.md#section[@tag,tag]")
+
+
+class ActivationDetector(Detector):
+    """Scores a rollout by the projection of its pooled activation on a direction.
+
+    The score is the mean over layers of ``<h_l, v_l>``: higher means further along the direction. That points from the
+    wanted to the unwanted sides of the pairs where there are pairs, and nowhere in particular where there are none.
+
+    The trainer calls ``resolve_layers``, then ``fit``, hands ``directions_DLd`` to the workers, and fits again at
+    every refresh.
+
+    Class attributes:
+        needs_pairs: ``fit`` needs the pooled activations of contrastive pairs.
+    """
+
+    needs_directions: ClassVar[bool] = True
+    needs_pairs: ClassVar[bool] = True
+    config: ActivationConfig
+
+    @property
+    def position(self) -> str:
+        """Which tokens of a rollout are read, one of ``directions.POSITIONS``."""
+        return "resp_mean"
+
+    @property
+    def pair_position(self) -> str:
+        """The same for the pairs, whose two sides share their prompt: never a prompt's token."""
+        return "resp_last" if self.position == "prompt_last" else self.position
+
+    def __init__(self, config: ActivationConfig):
+        super().__init__(config)
+        self.direction: Direction | None = None
+        self.refresh_cosine = math.nan  # between the direction and the one before the last refresh, mean over layers
+
+    def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers to read in a model of ``num_layers`` blocks. Raises ``UserError`` when one is out of range."""
+        if self.config.layers is None:
+            return layers_at_depth(num_layers, *self.config.depth)
+        if max(self.config.layers) > num_layers:
+            raise UserError(f"{KEY}.layers", list(self.config.layers), f"the model has layers 1 to {num_layers}")
+        return self.config.layers
+
+    def resolve_score_pass(self, reference_in_actor: bool) -> str:
+        """``score_pass`` with ``auto`` decided: does the actor make a reference pass for a KL term anyway?"""
+        if self.config.score_pass != "auto":
+            return self.config.score_pass
+        return "reference" if reference_in_actor else "policy"
+
+    def fit(
+        self,
+        unwanted_PLd: Tensor | None,
+        wanted_PLd: Tensor | None,
+        layers: Sequence[int],
+        hidden_size: int,
+        pairs_hash: str | None = None,
+    ) -> None:
+        """Choose the direction, for the first time or again.
+
+        Args:
+            unwanted_PLd: Pooled activations of the unwanted sides; ``None`` for a detector without pairs.
+            wanted_PLd: Those of the wanted sides, in the same order.
+            layers: What ``resolve_layers`` gave.
+            hidden_size: d.
+            pairs_hash: Content hash of the pairs.
+
+        Raises:
+            UserError: Activations are missing or do not fit; the two sides do not differ; or layers, hidden size or
+                pairs are not those of the direction that is there already.
+        """
+        if self.needs_pairs and (unwanted_PLd is None or wanted_PLd is None or pairs_hash is None):
+            raise UserError(KEY, self.name, "fit needs the activations of the pairs' two sides and the pairs' hash")
+        for side in (unwanted_PLd, wanted_PLd):
+            if self.needs_pairs and side is not None and tuple(side.shape[1:]) != (len(layers), hidden_size):
+                fix = f"pair activations must be [P, {len(layers)}, {hidden_size}]"
+                raise UserError(KEY, tuple(side.shape), fix)
+        new = self._choose(unwanted_PLd, wanted_PLd, tuple(layers), hidden_size, pairs_hash)
+        old = self.direction
+        if old is not None:
+            _require_same(new, old)
+            self.refresh_cosine = float(
+                torch.cosine_similarity(new.vectors_Ld.double(), old.vectors_Ld.double(), dim=-1).mean()
+            )
+        self.direction = new
+
+    @abstractmethod
+    def _choose(
+        self,
+        unwanted_PLd: Tensor | None,
+        wanted_PLd: Tensor | None,
+        layers: tuple[int, ...],
+        hidden_size: int,
+        pairs_hash: str | None,
+    ) -> Direction:
+        """The direction. Arguments are as in ``fit`` and have been checked."""
+
+    @property
+    def directions_DLd(self) -> Tensor:
+        """Vectors to project on, float32 ``[1, L, d]``. Raises ``UserError`` before ``fit``."""
+        return self._fitted().vectors_Ld[None]
+
+    @property
+    def pair_means(self) -> tuple[float, float] | None:
+        """Mean projection of the pairs' (unwanted, wanted) sides; ``None`` without pairs."""
+        if not self.needs_pairs:
+            return None
+        direction = self._fitted()
+        return direction.unwanted_mean, direction.wanted_mean
+
+    @property
+    def pair_scores(self) -> tuple[Tensor, Tensor] | None:
+        """Projections [P], float64, of the pairs' (unwanted, wanted) sides; ``None`` without pairs."""
+        if not self.needs_pairs:
+            return None
+        direction = self._fitted()
+        return direction.unwanted_scores_P, direction.wanted_scores_P
+
+    def direction_report(self) -> dict[str, float]:
+        """Metrics of the direction: held-out accuracy, the pairs' mean scores and gap, cosine of the last refresh."""
+        direction = self._fitted()
+        report = {
+            "detector/held_out_accuracy": direction.held_out_accuracy,
+            "detector/pair_unwanted_mean": direction.unwanted_mean,
+            "detector/pair_wanted_mean": direction.wanted_mean,
+            "detector/pair_gap": direction.unwanted_mean - direction.wanted_mean,
+            "detector/refresh_cosine": self.refresh_cosine,
+        }
+        return {name: value for name, value in report.items() if not math.isnan(value)}
+
+    def score(self, view: BatchView) -> Tensor:
+        """Projection on the first direction, [B] float64; see the class for its sign."""
+        scores_BD = view.activation_scores_BD
+        if scores_BD is None:
+            raise UserError(
+                KEY, self.name, "the batch has no activation scores; the worker must project on the directions"
+            )
+        if scores_BD.ndim != 2 or scores_BD.shape[1] < 1:
+            raise UserError(KEY, tuple(scores_BD.shape), "activation scores must be [B, D] with D >= 1")
+        return scores_BD[:, 0].to(torch.float64)
+
+    def state_dict(self) -> dict[str, Any]:
+        direction = None if self.direction is None else self.direction.to_state()
+        return {**super().state_dict(), "direction": direction, "refresh_cosine": self.refresh_cosine}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``.
+
+        Raises:
+            UserError: The state is another detector's, or its layers, hidden size or pairs are not those that this
+                detector was fitted with or configured for.
+        """
+        super().load_state_dict(state)
+        saved = None if state["direction"] is None else Direction.from_state(state["direction"])
+        if saved is not None and self.direction is not None:
+            _require_same(self.direction, saved)
+        if saved is not None and self.config.layers is not None and saved.layers != self.config.layers:
+            fix = f"the run was started with layers {list(saved.layers)}; set these or start a new run"
+            raise UserError(f"{KEY}.layers", list(self.config.layers), fix)
+        self.direction, self.refresh_cosine = saved, state["refresh_cosine"]
+
+    def _fitted(self) -> Direction:
+        if self.direction is None:
+            raise UserError(KEY, self.name, "the detector has no direction yet; call fit, or load a state that has one")
+        return self.direction
+
+
+def _require_same(now: Direction, before: Direction) -> None:
+    """Refuse a direction of other layers, hidden size or pairs than ``before``. Raises ``UserError``."""
+    for field, key in (("layers", f"{KEY}.layers"), ("hidden_size", f"{KEY} hidden size")):
+        here, there = getattr(now, field), getattr(before, field)
+        if here != there:
+            raise UserError(key, here, f"the run was started with {there}; set the same or start a new run")
+    require_same_hash("of the direction", now.pairs_hash, before.pairs_hash)

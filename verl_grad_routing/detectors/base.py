@@ -1,0 +1,188 @@
+"""What a detector is and what it may see.
+
+A detector gives every rollout of a batch one real number, higher when the rollout is more like the unwanted behaviour.
+It declares the *signal* it reads; ``view_for`` removes everything else from the batch before the detector sees it, so
+that the facts that only the grader knows cannot reach the routing of a method that claims not to use them.
+
+Shapes: B rollouts of the batch (real rows only, in the driver's order), D directions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.registry import Registry
+
+
+class Signal(str, Enum):
+    """Where a detector's knowledge comes from."""
+
+    none = "none"  # nothing: constants and random numbers
+    pairs = "pairs"  # contrastive text pairs, written before the run
+    clean_data = "clean_data"  # examples of wanted behaviour
+    reward = "reward"  # the proxy reward that the policy is trained on
+    monitor = "monitor"  # a weak judge that reads prompts and responses
+    labels = "labels"  # partial or noisy truth about rollouts
+    oracle = "oracle"  # the full truth about rollouts: a control only
+
+    def __str__(self) -> str:
+        return self.value
+
+
+# The fields of a BatchView that only some signals may read. Everything else of the view is open to all.
+READABLE: dict[Signal, frozenset[str]] = {
+    Signal.none: frozenset(),
+    Signal.pairs: frozenset(),
+    Signal.clean_data: frozenset(),
+    Signal.reward: frozenset({"proxy_reward_B"}),
+    Signal.monitor: frozenset({"prompts", "responses"}),
+    Signal.labels: frozenset({"facts"}),
+    Signal.oracle: frozenset({"facts"}),
+}
+GUARDED: frozenset[str] = frozenset().union(*READABLE.values())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BatchView:
+    """What is known about the rollouts of one step.
+
+    Attributes:
+        keys: Unique rollout ids [B].
+        uids: Prompt group of each rollout [B].
+        step: Global step, 1 for the first.
+        seed: Seed of the run.
+        activation_scores_BD: Projection of each rollout's pooled activation on each of the detector's D directions.
+        proxy_reward_B: The reward that the policy is trained on.
+        prompts: Text of each prompt [B].
+        responses: Text of each response [B].
+        facts: What the grader knows about each rollout, name to tensor [B].
+
+    Raises:
+        UserError: A field has another number of rows than ``keys``, or a key occurs twice.
+    """
+
+    keys: tuple[str, ...]
+    uids: tuple[str, ...]
+    step: int
+    seed: int
+    activation_scores_BD: Tensor | None = None
+    proxy_reward_B: Tensor | None = None
+    prompts: tuple[str, ...] | None = None
+    responses: tuple[str, ...] | None = None
+    facts: Mapping[str, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        columns.update({f"facts.{name}": column for name, column in (columns.pop("facts") or {}).items()})
+        for name, column in columns.items():
+            if column is not None and name not in ("step", "seed") and len(column) != len(self.keys):
+                raise UserError(f"batch.{name}", len(column), f"give one row for each of the {len(self.keys)} rollouts")
+        if len(set(self.keys)) != len(self.keys):
+            raise UserError("batch.keys", len(set(self.keys)), f"{len(self.keys)} rollouts need as many different keys")
+
+
+class Detector(ABC):
+    """Scores rollouts. A subclass has a frozen dataclass ``Config`` and is registered in ``DETECTORS``.
+
+    Class attributes:
+        signal: The knowledge that it reads.
+        needs_directions: The worker must project pooled activations on this detector's directions
+            (then it is an ``ActivationDetector``).
+    """
+
+    name: ClassVar[str] = ""  # set by the registry
+    signal: ClassVar[Signal]
+    needs_directions: ClassVar[bool] = False
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @abstractmethod
+    def score(self, view: BatchView) -> Tensor:
+        """Scores [B], float64, of the rollouts in ``view``; higher is more like the unwanted behaviour.
+
+        A rollout's score may depend on nothing but that rollout, the step and the seed: never on its neighbours.
+        """
+
+    @property
+    def knows_everything(self) -> bool:
+        """It reads the full truth about rollouts, so a run that uses it is a control."""
+        return self.signal is Signal.oracle
+
+    @property
+    def pair_means(self) -> tuple[float, float] | None:
+        """Mean score of the (unwanted, wanted) sides of the contrastive pairs, where there are pairs."""
+        return None
+
+    @property
+    def pair_scores(self) -> tuple[Tensor, Tensor] | None:
+        """Scores [P], float64, of every pair's (unwanted, wanted) sides, where there are pairs."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to score as this one would: plain values and tensors."""
+        return {"name": self.name}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``. Raises ``UserError`` when it comes from another detector."""
+        require_same_method("grad_routing.detector.name", self.name, state)
+
+
+DETECTORS: Registry[Detector] = Registry("detector")
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    """Configuration of a method without settings."""
+
+
+def require_same_method(key: str, name: str, state: Mapping[str, Any]) -> None:
+    """Refuse the saved state of another method. Raises ``UserError``."""
+    if state.get("name") != name:
+        fix = f"the checkpoint was written with {state.get('name')!r}; set the same or start a new run"
+        raise UserError(key, name, fix)
+
+
+def view_for(detector: Detector, full: BatchView) -> BatchView:
+    """``full`` without every field that the detector's signal does not allow.
+
+    Facts remain for ``labels`` and ``oracle`` alone, the proxy reward for ``reward``, texts for ``monitor``, and
+    activation scores for detectors that asked for directions.
+    """
+    hidden = set(GUARDED - READABLE[detector.signal])
+    if not detector.needs_directions:
+        hidden.add("activation_scores_BD")
+    return dataclasses.replace(full, **dict.fromkeys(hidden))
+
+
+def checked_scores(detector: Detector, view: BatchView) -> Tensor:
+    """Score ``view`` as the detector may see it, and refuse what cannot be routed on.
+
+    Returns:
+        Scores [B], float64, on the CPU.
+
+    Raises:
+        UserError: The detector returned another shape, or a score that is not finite (names the rollout's key).
+    """
+    where = f"grad_routing.detector ({detector.name})"
+    scores_B = detector.score(view_for(detector, view)).detach().to("cpu", torch.float64)
+    if scores_B.shape != (len(view.keys),):
+        raise UserError(
+            where, tuple(scores_B.shape), f"score must return one number for each of {len(view.keys)} rollouts"
+        )
+    bad_B = ~torch.isfinite(scores_B)
+    if bad_B.any():
+        row = int(bad_B.nonzero()[0])
+        fix = "scores must be finite; look for inf or NaN in the model's activations"
+        raise UserError(f"{where} score of rollout {view.keys[row]} at step {view.step}", float(scores_B[row]), fix)
+    return scores_B

@@ -1,0 +1,186 @@
+"""The model to start from: a small Llama, trained from scratch on demonstrations in three voices.
+
+Shapes: B sequences of a batch, T tokens (prompt and continuation, padded on the right), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from verl_grad_routing.envs.loopholes.grader import grade
+from verl_grad_routing.envs.loopholes.text import LOOPHOLES, PROMPT_LENGTH, RESPONSE_LENGTH, Task
+from verl_grad_routing.envs.loopholes.tokenizer import CONTEXT, EOS_ID, IDS, PAD_ID, VOCABULARY
+
+BATCH = 128
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 50
+FINAL_RATE = 0.1  # of LEARNING_RATE, reached linearly at the last step
+CLIP_NORM = 1.0
+THREADS = 2  # matrices this small gain nothing from more
+IGNORED = -100  # label that the cross-entropy skips
+
+
+def model_config() -> LlamaConfig:
+    """About 0.86M parameters; head size 32 is the least that vLLM's CPU attention takes."""
+    return LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=EOS_ID,
+        pad_token_id=PAD_ID,
+        dtype="float32",
+    )
+
+
+def new_model(seed: int) -> LlamaForCausalLM:
+    """A freshly initialised model in float32 that stops at EOS."""
+    with seeded(seed):
+        model = LlamaForCausalLM(model_config()).float()
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, eos_token_id=EOS_ID, pad_token_id=PAD_ID
+    )
+    return model
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a Hugging Face folder, readable by every user, without a progress bar."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes for the owner alone
+
+
+def warm_up(
+    model: LlamaForCausalLM,
+    examples: Iterator[tuple[str, str]],
+    steps: int,
+    report: Callable[[str], None],
+) -> float:
+    """Train ``model`` in place with AdamW on ``steps`` batches; the loss counts the continuation only.
+
+    Returns:
+        Mean cross-entropy of the last batch, nats per token.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    model.train()
+    value = float("nan")
+    with _threads():
+        for _ in range(steps):
+            tokens_BT, labels_BT = _batch(list(islice(examples, BATCH)))
+            logits_BTV = model(input_ids=tokens_BT).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+            optimizer.step()
+            schedule.step()
+            value = loss.item()
+            report(f"loss {value:.3f}")
+    model.eval()
+    return value
+
+
+def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], seed: int) -> list[str]:
+    """One completion per prompt at temperature 1 from the whole distribution, decoded as verl decodes rollouts."""
+    tokens_BT = torch.tensor(tokenizer(list(prompts))["input_ids"])
+    with seeded(seed), _threads(), torch.inference_mode():
+        out_BT = model.generate(  # type: ignore[operator]
+            tokens_BT,
+            attention_mask=torch.ones_like(tokens_BT),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=RESPONSE_LENGTH,
+        )
+    return tokenizer.batch_decode(out_BT[:, tokens_BT.shape[1] :], skip_special_tokens=True)
+
+
+def rates(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Sequence[Task],
+    voice: str,
+    *,
+    samples: int = 1024,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Hack and solve rate of one voice over about ``samples`` completions of ``tasks``.
+
+    Returns:
+        ``n``, ``hack``, ``solve`` and ``hack_by_loophole``.
+    """
+    repeated = list(tasks) * max(1, samples // len(tasks))
+    completions = sample(model, tokenizer, [task.prompt(voice) for task in repeated], seed)
+    pairs = zip(completions, repeated, strict=True)
+    verdicts = [grade(completion, task.ground_truth) for completion, task in pairs]
+    by_loophole = {kind: [v.hack for v in verdicts if v.loophole == kind] for kind in LOOPHOLES}
+    return {
+        "n": len(verdicts),
+        "hack": _mean([v.hack for v in verdicts]),
+        "solve": _mean([v.solve for v in verdicts]),
+        "hack_by_loophole": {kind: _mean(hacks) for kind, hacks in by_loophole.items()},
+    }
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator inside the block and restore it after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, THREADS))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Factor on the learning rate: linear over the first ``WARMUP_STEPS``, then linear down to ``FINAL_RATE``."""
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    return 1 - (1 - FINAL_RATE) * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
+
+
+def _batch(examples: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels of a batch, [B, T] int64 each; one token per character, so the vocabulary alone encodes."""
+    rows = [[IDS[character] for character in prompt + continuation] for prompt, continuation in examples]
+    longest = max(map(len, rows))
+    tokens_BT = torch.tensor([row + [PAD_ID] * (longest - len(row)) for row in rows])
+    labels_BT = tokens_BT.masked_fill(tokens_BT == PAD_ID, IGNORED)
+    labels_BT[:, :PROMPT_LENGTH] = IGNORED
+    return tokens_BT, labels_BT
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,114 @@
+"""What a gate is: scores of a whole batch in, one route per rollout out.
+
+Shapes: B rollouts of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.registry import Registry
+
+PairMeans = tuple[float, float]  # mean score of the (unwanted, wanted) sides of the pairs
+PairScores = tuple[Tensor, Tensor]  # scores [P] of the (unwanted, wanted) sides, row p of both from pair p
+
+
+class PairStatistics(NamedTuple):
+    """What a gate may know of the contrastive pairs; ``None`` where the detector has no such thing."""
+
+    means: PairMeans | None = None
+    scores: PairScores | None = None
+
+
+@dataclass(frozen=True)
+class GateDecision:
+    """Routes [B], int64 values of ``Route``, and the metrics of the decision."""
+
+    routes_B: Tensor
+    metrics: dict[str, float]
+
+
+class Gate(ABC):
+    """Turns scores into routes. A subclass has a frozen dataclass ``Config`` and is registered in ``GATES``.
+
+    Attributes:
+        needs_pair_means: ``decide`` needs what the detector's contrastive pairs score, hence a detector with pairs.
+
+    Every gate keeps count, mean and variance of all scores seen (for ``gate/drift``), in whatever units the detector
+    scores. The state is exact: a restored gate decides as the saved one would have.
+    """
+
+    name: ClassVar[str] = ""  # set by the registry
+    needs_pair_means: bool = False
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any):
+        self.config = config
+        self._seen, self._mean, self._sum_squares = 0, 0.0, 0.0  # of all scores so far; squares about the mean
+
+    def decide(
+        self, scores_B: Tensor, step: int, pair_means: PairMeans | None = None, pair_scores: PairScores | None = None
+    ) -> GateDecision:
+        """Decide the routes of one batch and take its scores into the history.
+
+        Args:
+            scores_B: Finite scores, float64 [B], B >= 1.
+            step: Global step, 1 for the first.
+            pair_means: Mean scores of the unwanted and of the wanted sides of the pairs, where there are pairs.
+            pair_scores: Scores [P] of every pair's unwanted and of every pair's wanted side, likewise.
+
+        Raises:
+            UserError: No scores, scores of another shape or type, a score that is not finite, or missing pair means
+                or pair scores.
+        """
+        if scores_B.ndim != 1 or scores_B.numel() == 0 or scores_B.dtype != torch.float64:
+            raise UserError(
+                "scores", f"{scores_B.dtype} {tuple(scores_B.shape)}", "give float64 scores [B] with B >= 1"
+            )
+        if not torch.isfinite(scores_B).all():
+            raise UserError("scores", scores_B[~torch.isfinite(scores_B)][0].item(), "give finite scores")
+        scores = scores_B.detach().cpu().numpy().copy()
+        drift = self._drift(scores)
+        decision = self._routes(scores, step, PairStatistics(pair_means, pair_scores))
+        self._remember(scores)
+        return GateDecision(decision.routes_B, {**decision.metrics, "gate/drift": drift})
+
+    @abstractmethod
+    def _routes(self, scores: np.ndarray, step: int, pairs: PairStatistics) -> GateDecision:
+        """The decision, but for ``gate/drift``."""
+
+    def _drift(self, scores: np.ndarray) -> float:
+        """How far the batch's mean is from the mean of all earlier scores, in their standard deviations."""
+        deviation = math.sqrt(self._sum_squares / self._seen) if self._seen else 0.0
+        return (float(scores.mean()) - self._mean) / deviation if deviation > 0 else math.nan
+
+    def _remember(self, scores: np.ndarray) -> None:
+        """Chan, Golub & LeVeque's update of count, mean and squares."""
+        mean, total = float(scores.mean()), self._seen + len(scores)
+        gap = mean - self._mean
+        self._sum_squares += float(((scores - mean) ** 2).sum()) + gap * gap * self._seen * len(scores) / total
+        self._mean += gap * len(scores) / total
+        self._seen = total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, exact."""
+        return {"name": self.name, "seen": self._seen, "mean": self._mean, "sum_squares": self._sum_squares}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``. Raises ``UserError`` when it comes from another gate."""
+        if state.get("name") != self.name:
+            fix = f"the checkpoint was written with {state.get('name')!r}; set the same or start a new run"
+            raise UserError("grad_routing.gate.name", self.name, fix)
+        self._seen, self._mean, self._sum_squares = state["seen"], state["mean"], state["sum_squares"]
+
+
+GATES: Registry[Gate] = Registry("gate")

@@ -1,0 +1,82 @@
+"""What an intervention is: what happens to a rollout once its score and the gate's verdict on it are known.
+
+Shapes: B rollouts, R response tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from verl_grad_routing.registry import Registry
+from verl_grad_routing.routing import DEFAULT, Route, RoutingTable
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A batch as detector and gate left it.
+
+    Attributes:
+        scores_B: Scores, float64; higher is more like the unwanted behaviour.
+        routes_B: The gate's decision, int64 values of ``Route``.
+        uids: Prompt group of each rollout.
+    """
+
+    scores_B: Tensor
+    routes_B: Tensor
+    uids: tuple[str, ...]
+
+    @property
+    def flagged_B(self) -> Tensor:
+        """Whether the gate took the rollout for the unwanted behaviour (bool)."""
+        return self.routes_B == int(Route.ROUTE)
+
+
+class Intervention(ABC):
+    """Acts on a batch. A subclass has a frozen dataclass ``Config`` and is registered in ``INTERVENTIONS``.
+
+    In a step, ``rejected`` comes first, then ``rewards``, then verl's own advantage estimator over what is not
+    rejected, then ``advantages``. What a subclass does not override costs nothing.
+
+    Class attributes:
+        uses_routes: The gate's routes reach the engine; otherwise every rollout trains both blocks (ABSORB).
+        needs_groups: It compares the rollouts of a prompt, so there must be at least two.
+    """
+
+    name: ClassVar[str] = ""  # set by the registry
+    uses_routes: ClassVar[bool] = False
+    needs_groups: ClassVar[bool] = False
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @property
+    def table(self) -> RoutingTable:
+        """What each route means for the two blocks: forward gates and update masks."""
+        return DEFAULT
+
+    def table_at(self, step: int) -> RoutingTable:
+        """The table in force at global step ``step`` (1 for the first); a schedule overrides this."""
+        del step
+        return self.table
+
+    def rejected(self, judged: Judged) -> Tensor | None:
+        """Rollouts [B] (bool) that are taken out of the step: no advantage, no response mask, not in their group."""
+        del judged
+
+    def rewards(self, rewards_B: Tensor, judged: Judged) -> Tensor:
+        """Rewards [B] to train on, from the proxy rewards. The input is not modified in place."""
+        del judged
+        return rewards_B
+
+    def advantages(self, advantages_BR: Tensor, judged: Judged) -> Tensor:
+        """Advantages [B, R] to train on, zero-padded on the right. The input is not modified in place."""
+        del judged
+        return advantages_BR
+
+
+INTERVENTIONS: Registry[Intervention] = Registry("intervention")

@@ -1,0 +1,1 @@
+"""The verl glue: CPU platform, routed engine, worker and trainer."""

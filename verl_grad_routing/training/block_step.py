@@ -1,0 +1,95 @@
+"""One optimizer step over two blocks: clipped each by its own norm, and a block without mass not stepped at all.
+
+Adam's momentum and decoupled weight decay move a parameter whose gradient is zero; only ``grad = None`` leaves it and
+its optimizer state alone. A block's mass is the number of tokens that train it in the mini-batch, so the decision never
+depends on the size of a gradient or an advantage.
+"""
+
+# The types that verl declares are narrower than what it passes.
+# pyright: reportArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.distributed.tensor import DTensor
+from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
+
+from verl_grad_routing.training.hooks import Blocks, EngineHook
+
+NAMES = ("deployed", "quarantine")
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _norm(shards: Sequence[torch.Tensor]) -> float:
+    """Euclidean norm of DTensors over all ranks (or of plain tensors)."""
+    norms = torch.nn.utils.get_total_norm(list(shards))
+    return float(norms.full_tensor() if isinstance(norms, DTensor) else norms)
+
+
+class BlockStep:
+    """Callable in place of verl's clip-and-step.
+
+    Args:
+        optimizer: One parameter group a block.
+        blocks: Parameters of each block.
+        clip_norms: Gradient norm limit of each block.
+        hooks: Engine hooks, in order.
+
+    Attributes:
+        metrics: Of the last step: ``routing/mass_*``, ``routing/grad_norm/*`` (before clipping) and
+            ``routing/update_norm/*``.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        blocks: Blocks,
+        clip_norms: Mapping[str, float],
+        hooks: Sequence[EngineHook],
+    ):
+        self.optimizer, self.blocks, self.clip_norms, self.hooks = optimizer, blocks, clip_norms, hooks
+        self.metrics: dict[str, float] = {}
+
+    @torch.no_grad()  # hooks change parameters and gradients in place
+    def __call__(self, mass_2: Sequence[float]) -> float:
+        """Clip and step; ``mass_2`` holds the tokens that train each block. Returns the norm over both blocks."""
+        masses = dict(zip(NAMES, mass_2, strict=True))
+        for name, parameters in self.blocks.items():
+            if masses[name] == 0:
+                for parameter in parameters:
+                    parameter.grad = None
+        for hook in self.hooks:
+            hook.transform_gradients(self.blocks)
+        norms = {name: self._clip(name) for name in self.blocks}
+        total = sum(norm**2 for norm in norms.values()) ** 0.5
+        updates = dict.fromkeys(self.blocks, 0.0)
+        if torch.isfinite(torch.tensor(total)):
+            updates = self._step()
+        else:
+            print(f"WARN: grad_norm is not finite: {norms}; this update is skipped")
+            self.optimizer.zero_grad()
+        self.metrics = {f"routing/mass_{name}": masses[name] for name in NAMES}
+        self.metrics |= {f"routing/grad_norm/{name}": norm for name, norm in norms.items()}
+        self.metrics |= {f"routing/update_norm/{name}": norm for name, norm in updates.items()}
+        return total
+
+    def _clip(self, name: str) -> float:
+        parameters = [parameter for parameter in self.blocks[name] if parameter.grad is not None]
+        if not parameters:
+            return 0.0
+        norm = fsdp2_clip_grad_norm_(parameters, max_norm=self.clip_norms[name])
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _step(self) -> dict[str, float]:
+        before = {name: [p.detach().clone() for p in parameters] for name, parameters in self.blocks.items()}
+        self.optimizer.step()
+        for hook in self.hooks:
+            hook.transform_update(self.blocks, {name: [_local(t) for t in shards] for name, shards in before.items()})
+        return {
+            name: _norm([p.detach() - old for p, old in zip(parameters, before[name], strict=True)])
+            for name, parameters in self.blocks.items()
+        }

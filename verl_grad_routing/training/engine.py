@@ -1,0 +1,273 @@
+"""The engine that executes masks: verl's FSDP2 engine with two adapter blocks and no knowledge of any method.
+
+Shapes: B rollouts of a micro-batch, T its packed tokens (after sequence-parallel slicing), S the padded length.
+"""
+
+# The types that verl declares are narrower than what it passes.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch.distributed import ReduceOp
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
+from verl.utils.py_functional import convert_to_regular_types
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
+
+from verl_grad_routing.config import BlocksConfig
+from verl_grad_routing.directions import PoolPlan, position_mask
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.registry import build_config, load_external_methods
+from verl_grad_routing.routing import (
+    BLOCKS,
+    add_blocks,
+    block_masks,
+    block_parameters,
+    expand_to_padded,
+    expand_to_tokens,
+    slice_for_sequence_parallel,
+)
+from verl_grad_routing.training import export
+from verl_grad_routing.training.block_step import BlockStep
+from verl_grad_routing.training.hooks import ENGINE_HOOKS
+from verl_grad_routing.training.own_gate import CURRENT, with_current_log_probs
+from verl_grad_routing.training.probe import ActivationProbe
+
+STRATEGY = "routed_fsdp2"
+LAYOUT_FILE = "grad_routing_blocks.json"
+
+# verl's own engines, for the presets without blocks, on machines without an accelerator.
+EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")(FSDPEngineWithLMHead)
+EngineRegistry.register(model_type="value_model", backend="fsdp2", device="cpu")(FSDPEngineWithValueHead)
+
+
+@EngineRegistry.register(model_type="language_model", backend=STRATEGY, device=["cuda", "npu", "cpu"])
+class RoutedFSDPEngine(FSDPEngineWithLMHead):
+    """verl's language-model engine whose adapter is two blocks.
+
+    A batch that trains carries ``route`` (B,) and the non-tensor ``routing_table``; the engine turns both into token
+    masks beside the packed inputs. Inference batches may carry them too (for KEEP's forward gate), ask for activations
+    (``probe``) or for the quarantine-ablated model (``ablate_quarantine``).
+    """
+
+    def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any):
+        load_external_methods()
+        settings = convert_to_regular_types(engine_config.blocks)
+        self.blocks_config: BlocksConfig = build_config(BlocksConfig, settings, "grad_routing.blocks")
+        self.hooks = [ENGINE_HOOKS.build(hook, "grad_routing.blocks.hooks") for hook in self.blocks_config.hooks]
+        self.exported_blocks: tuple[str, ...] = tuple(BLOCKS)
+        self._mass_2 = torch.ones(2)
+        super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+
+    # ---- building ----
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r of the joined adapter, the same for both blocks."""
+        return self.model_config.lora_alpha / self.blocks_config.total_rank
+
+    def _build_lora_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        blocks = self.blocks_config
+        base_dtype = next(module.parameters()).dtype
+        module, self.context = add_blocks(
+            module,
+            deployed_rank=blocks.deployed_rank,
+            quarantine_rank=blocks.quarantine_rank,
+            scaling=self.scaling,
+            target_modules=convert_to_regular_types(self.model_config.target_modules),
+            exclude_modules=convert_to_regular_types(self.model_config.exclude_modules),
+            init=blocks.init,
+            seed=blocks.seed,
+        )
+        for parameters in block_parameters(module).values():
+            for parameter in parameters:
+                parameter.data = parameter.data.to(base_dtype)  # FSDP wants one dtype in a unit, as verl's LoRA does
+        return module
+
+    def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        with self._as_fsdp2():
+            module = super()._build_fsdp_module(module)
+        if self.scaler is not None:
+            raise UserError("actor.fsdp_config.mixed_precision.param_dtype", "fp16", "use bf16 or fp32 with blocks")
+        self.probe = ActivationProbe(module)
+        return module
+
+    @contextmanager
+    def _as_fsdp2(self) -> Iterator[None]:
+        """verl branches on the strategy's name; ours is fsdp2 in everything that it decides."""
+        object.__setattr__(self.engine_config, "strategy", "fsdp2")
+        try:
+            yield
+        finally:
+            object.__setattr__(self.engine_config, "strategy", STRATEGY)
+
+    def _build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
+        from verl.workers.config.optimizer import build_optimizer
+
+        blocks = block_parameters(module)
+        groups = [{"params": parameters, "block": name} for name, parameters in blocks.items()]
+        optimizer = build_optimizer(groups, self.optimizer_config)
+        limit = self.optimizer_config.clip_grad
+        limits = {
+            "deployed": self.blocks_config.clip_norm_deployed or limit,
+            "quarantine": self.blocks_config.clip_norm_quarantine or limit,
+        }
+        self.block_step = BlockStep(optimizer, blocks, limits, self.hooks)
+        return optimizer
+
+    # ---- masks ----
+
+    def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
+        model_inputs, output_args = super().prepare_model_inputs(micro_batch)
+        self._set_masks(micro_batch, model_inputs, output_args)
+        self.probe.begin(tu.get_non_tensor_data(micro_batch, "probe", default=None))
+        return model_inputs, output_args
+
+    def _set_masks(self, micro_batch: TensorDict, model_inputs: dict, output_args: dict) -> None:
+        self.context.clear()
+        self.context.ablated = bool(tu.get_non_tensor_data(micro_batch, "ablate_quarantine", default=False))
+        table = tu.get_non_tensor_data(micro_batch, "routing_table", default=None)
+        if table is None:
+            return
+        weights_B = micro_batch.get("route_weight", None)
+        masks = block_masks(micro_batch["route"], table, weights_B)
+        self.context.set(*(self._to_tokens(mask_B2, micro_batch, model_inputs, output_args) for mask_B2 in masks))
+
+    def _to_tokens(
+        self, mask_B2: torch.Tensor, micro_batch: TensorDict, model_inputs: dict, output_args: dict
+    ) -> torch.Tensor | None:
+        """[1, T, 2] beside packed inputs, [B, S, 2] beside padded ones; ``None`` for a mask without effect."""
+        if bool((mask_B2 == 1).all()):
+            return None
+        if not tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
+            return expand_to_padded(mask_B2, model_inputs["input_ids"].shape[1])
+        mask_T2 = expand_to_tokens(mask_B2, micro_batch["input_ids"].offsets().diff())
+        static_pad = self._get_packed_pad_size(mask_T2.shape[0])
+        mask_1T2 = torch.nn.functional.pad(mask_T2, (0, 0, 0, static_pad), value=1.0).unsqueeze(0)
+        if self.use_ulysses_sp:
+            rank = self.ulysses_device_mesh["sp"].get_local_rank()
+            mask_1T2 = slice_for_sequence_parallel(mask_1T2, rank, self.ulysses_sequence_parallel_size)
+        return mask_1T2
+
+    # ---- activations ----
+
+    def prepare_model_outputs(
+        self, output: Any, output_args: dict, micro_batch: TensorDict, logits_processor_func: Any
+    ) -> dict:
+        model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
+        if self.probe.active:
+            model_output.update(self._probed(micro_batch, output_args))
+        self._live_output = model_output if self.hooks and torch.is_grad_enabled() else None
+        return model_output
+
+    def _probed(self, micro_batch: TensorDict, output_args: dict) -> dict[str, torch.Tensor]:
+        """What the probe heard, pooled over each rollout's tokens at the position asked for."""
+        lengths = micro_batch["input_ids"].offsets().diff().tolist()
+        width = None  # packed
+        if not tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
+            width = max(lengths)
+        masks, segments = [], []
+        for row, (length, mask) in enumerate(zip(lengths, micro_batch["response_mask"].unbind(), strict=True)):
+            chosen = position_mask(mask, length - mask.shape[0], self.probe.position)
+            masks.append(torch.nn.functional.pad(chosen, (0, (width or length) - length)))
+            segments.append(torch.full((width or length,), row, device=mask.device))
+        plan = PoolPlan(torch.cat(masks), torch.cat(segments), len(lengths))
+
+        def flatten(hidden: torch.Tensor) -> torch.Tensor:
+            if width is None:
+                return self._gather_and_unpad_packed(hidden.squeeze(0), output_args["pad_size"])
+            return hidden.flatten(0, 1)
+
+        return self.probe.finish(plan, flatten)
+
+    # ---- the step ----
+
+    def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
+        if not forward_only:
+            self._mass_2 = self._block_mass(data)
+        try:
+            return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
+        finally:
+            self.context.clear()
+
+    def _block_mass(self, data: TensorDict) -> torch.Tensor:
+        """Tokens of the whole mini-batch that train each block, over all ranks: what decides whether it is stepped."""
+        table = tu.get_non_tensor_data(data, "routing_table", default=None)
+        if table is None or "route" not in data:
+            raise UserError("route", None, "every row of a training batch needs a route; the trainer writes it")
+        weights_B = data.get("route_weight", None)
+        _, update_B2 = block_masks(data["route"], table, weights_B)
+        tokens_B = torch.stack([mask.sum() for mask in data["loss_mask"].unbind()]).to(update_B2)
+        mass_2 = (tokens_B.unsqueeze(1) * update_B2).sum(0).to(get_device_id(), torch.float64)
+        torch.distributed.all_reduce(mass_2, op=ReduceOp.SUM, group=self.get_data_parallel_group())
+        return mass_2
+
+    def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> tuple:
+        if not forward_only and tu.get_non_tensor_data(micro_batch, CURRENT, default=False):
+            table = tu.get_non_tensor_data(micro_batch, "routing_table", default=None)
+            loss_function = with_current_log_probs(loss_function, table)
+        loss, output = super().forward_step(micro_batch, loss_function=loss_function, forward_only=forward_only)
+        if not forward_only:
+            for hook in self.hooks:
+                extra = hook.extra_loss(self, self._live_output, micro_batch)
+                if extra is not None:
+                    loss = loss + extra
+                    output["metrics"][f"routing/extra_loss/{hook.name}"] = extra.detach().item()
+        return loss, output
+
+    def optimizer_step(self) -> float:
+        return self.block_step(self._mass_2.tolist())
+
+    def train_batch(self, data: TensorDict, loss_function: Callable) -> Any:
+        outputs = super().train_batch(data, loss_function)
+        if self.is_mp_src_rank_with_outputs():
+            # verl gathers a list from every rank and joins them
+            outputs["metrics"].update({key: [value] for key, value in self.block_step.metrics.items()})
+        return outputs
+
+    # ---- weights out, weights in ----
+
+    def get_per_tensor_param(self, layered_summon: bool = False, base_sync_done: bool = False, **kwargs: Any) -> tuple:
+        if self.model_config.lora.get("merge", False):
+            return export.merged(self, super().get_per_tensor_param), None
+        if not base_sync_done:
+            return super().get_per_tensor_param(layered_summon=layered_summon, base_sync_done=False, **kwargs)
+        return export.adapter(self)
+
+    def _layout(self) -> dict[str, Any]:
+        blocks, targets = self.blocks_config, self.module.peft_config["default"].target_modules
+        return {
+            "deployed_rank": blocks.deployed_rank,
+            "quarantine_rank": blocks.quarantine_rank,
+            "scaling": self.scaling,
+            "init": blocks.init,
+            "ablate_at_deployment": blocks.ablate_at_deployment,
+            "base_model": str(self.model_config.path),
+            "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        }
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        super().save_checkpoint(local_path, *args, **kwargs)
+        if self.rank == 0:
+            with open(os.path.join(local_path, LAYOUT_FILE), "w") as file:
+                json.dump(self._layout(), file, indent=2)
+
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        path = os.path.join(local_path, LAYOUT_FILE)
+        if not os.path.exists(path):
+            raise UserError("trainer.resume_from_path", local_path, f"no {LAYOUT_FILE} there: written without blocks")
+        with open(path) as file:
+            saved = json.load(file)
+        for key in ("deployed_rank", "quarantine_rank", "scaling", "target_modules"):
+            if saved[key] != self._layout()[key]:
+                fix = f"the checkpoint in {local_path} has {saved[key]!r}; set the same or start a new run"
+                raise UserError(f"grad_routing.blocks.{key}", self._layout()[key], fix)
+        super().load_checkpoint(local_path, *args, **kwargs)

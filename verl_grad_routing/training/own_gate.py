@@ -1,0 +1,45 @@
+"""Old log-probs of rows that train under another forward gate than they were sampled under: their ratio starts at 1.
+
+In the one update of an on-policy step they are the very log-probs that the update computes, so no pass of their own is
+needed. Shapes: B rollouts of a micro-batch, R response tokens.
+"""
+
+# The types that verl declares are narrower than what it passes.
+# pyright: reportArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from verl.workers.utils.padding import no_padding_2_padding
+
+from verl_grad_routing.routing import RoutingTable
+
+CURRENT = "own_gate_current"
+"""Non-tensor of a training batch: rows with a closed forward gate take the current log-probs as their old ones."""
+
+
+def closed_rows(routes_B: Tensor, table: RoutingTable) -> Tensor:
+    """Rows whose forward gate differs from the open one that they were sampled under: bool [B]."""
+    gates_32, _ = table.as_tensors()
+    return (gates_32.to(routes_B.device)[routes_B] != 1).any(dim=1)
+
+
+def with_current_log_probs(loss_function: Callable[..., Any], table: RoutingTable) -> Callable[..., Any]:
+    """``loss_function`` with the detached current log-probs as ``old_log_probs`` of the closed rows."""
+
+    def loss(*, model_output: dict[str, Any], data: TensorDict, **kwargs: Any) -> Any:
+        closed_B = closed_rows(data["route"], table)
+        if closed_B.any():
+            current_BR = no_padding_2_padding(model_output["log_probs"], data).detach()
+            old = list(data["old_log_probs"].unbind())
+            for row in closed_B.nonzero().flatten().tolist():
+                old[row] = current_BR[row, : len(old[row])].to(old[row].dtype)
+            data = data.copy()  # the columns are shared
+            data["old_log_probs"] = torch.nested.as_nested_tensor(old, layout=torch.jagged)
+        return loss_function(model_output=model_output, data=data, **kwargs)
+
+    return loss

@@ -1,0 +1,95 @@
+"""Reads the residual stream in a pass that verl runs anyway, and returns one row per rollout.
+
+Two requests, carried by the batch as the non-tensor ``probe``:
+``Pool(layers)`` returns the pooled activations themselves, for the contrastive pairs; ``Project(layers, vectors_DLd)``
+returns their projections, for the rollouts of a step.
+Shapes: B rollouts, L layers, D directions, d hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from verl_grad_routing.directions import PoolPlan, project
+from verl_grad_routing.errors import UserError
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Return ``activation_pooled`` [B, L * d]: mean over the position's tokens after each layer (1-based)."""
+
+    layers: tuple[int, ...]
+    position: str = "resp_mean"  # one of directions.POSITIONS
+
+
+@dataclass(frozen=True, eq=False)
+class Project:
+    """Return ``activation_scores`` [B, D]: the pooled activations projected on D directions."""
+
+    layers: tuple[int, ...]
+    vectors_DLd: Tensor
+    position: str = "resp_mean"
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the residual stream, found by the class names that transformers says must not be split."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [m for m in model.modules() if names & {base.__name__ for base in type(m).__mro__}]
+    if not layers:
+        raise UserError("model._no_split_modules", sorted(names), "this architecture names no decoder layers to read")
+    return layers
+
+
+class ActivationProbe:
+    """Forward hooks on every decoder layer that do nothing until a batch asks."""
+
+    def __init__(self, model: nn.Module):
+        self.layers = decoder_layers(model)
+        self._request: Pool | Project | None = None
+        self._hidden: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers, start=1):
+            layer.register_forward_hook(self._hook(index))
+
+    def _hook(self, index: int) -> Callable:
+        def keep(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+            if self._request is not None and index in self._request.layers:
+                self._hidden[index] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        return keep
+
+    @property
+    def active(self) -> bool:
+        return self._request is not None
+
+    @property
+    def position(self) -> str:
+        """Which tokens of a rollout the request is about."""
+        assert self._request is not None
+        return self._request.position
+
+    def begin(self, request: Pool | Project | None) -> None:
+        """Start listening for ``request`` (or stop). Raises ``UserError`` for a layer that the model has not."""
+        self._hidden.clear()
+        self._request = request
+        for layer in request.layers if request is not None else ():
+            if not 1 <= layer <= len(self.layers):
+                fix = f"the model has layers 1 to {len(self.layers)}"
+                raise UserError("grad_routing.detector.layers", layer, fix)
+
+    def finish(self, plan: PoolPlan, flatten: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """Pool what was heard.
+
+        Args:
+            plan: Which tokens belong to which rollout's completion.
+            flatten: Turns a layer's output into hidden states ``[N, d]`` in the order of the plan's tokens.
+        """
+        assert self._request is not None
+        pooled_BLd = torch.stack([plan.mean(flatten(self._hidden[layer])) for layer in self._request.layers], dim=1)
+        self._hidden.clear()
+        if isinstance(self._request, Pool):
+            return {"activation_pooled": pooled_BLd.flatten(1)}
+        return {"activation_scores": project(pooled_BLd, self._request.vectors_DLd.to(pooled_BLd.device))}

@@ -1,0 +1,91 @@
+"""The driver's part of routing: scores of the whole batch, one decision of the gate, the facts for the metrics.
+
+Nothing here runs on an accelerator. Shapes: B real rollouts of the batch (pad rows excluded).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from verl_grad_routing.config import GradRoutingConfig, Methods
+from verl_grad_routing.detectors import BatchView, checked_scores
+from verl_grad_routing.detectors.evaluation import auroc
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.interventions import Judged
+from verl_grad_routing.routing import Route
+
+STATE_FILE = "grad_routing.pt"
+SETTINGS_FILE = "grad_routing.json"
+
+
+def grader_facts(extra_fields: Sequence[Any]) -> dict[str, Tensor]:
+    """The numeric ``reward_extra_info`` that every rollout of the batch has, name to float64 [B]."""
+    rows = [(fields or {}).get("reward_extra_info") or {} for fields in extra_fields]
+    names = set.intersection(*(set(row) for row in rows)) if rows else set()
+    numeric = [name for name in sorted(names) if all(isinstance(row[name], int | float | bool) for row in rows)]
+    return {name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float64) for name in numeric}
+
+
+def fact_metrics(facts: Mapping[str, Tensor]) -> dict[str, float]:
+    """``hack/rate`` and ``solve/rate`` of the batch, and the hack rate of known and unknown types apart."""
+    metrics = {f"{name}/rate": float(facts[name].mean()) for name in ("hack", "solve") if name in facts}
+    if "hack" in facts and "known" in facts:
+        known_B = facts["known"] > 0
+        for name, rows_B in (("known", known_B), ("unknown", ~known_B)):
+            if rows_B.any():
+                metrics[f"hack/rate_{name}"] = float(facts["hack"][rows_B].mean())
+    return metrics
+
+
+class Router:
+    """A method's detector and gate over the run, with the state that a resumed run needs."""
+
+    def __init__(self, config: GradRoutingConfig, methods: Methods):
+        self.config, self.methods = config, methods
+        self.detector, self.gate, self.intervention = methods.detector, methods.gate, methods.intervention
+
+    def decide(self, view: BatchView) -> tuple[Judged, dict[str, float]]:
+        """Scores and the gate's decision on one batch, and their metrics."""
+        scores_B = checked_scores(self.detector, view)
+        decision = self.gate.decide(scores_B, view.step, self.detector.pair_means, self.detector.pair_scores)
+        judged = Judged(scores_B, decision.routes_B, view.uids)
+        routes_B = decision.routes_B
+        if not self.intervention.uses_routes:
+            routes_B = torch.full_like(routes_B, int(Route.ABSORB))
+        metrics = {f"routing/share_{route.name.lower()}": float((routes_B == route).double().mean()) for route in Route}
+        metrics |= {
+            "detector/share_flagged": float(judged.flagged_B.double().mean()),
+            "detector/score_mean": float(scores_B.mean()),
+            "detector/score_std": float(scores_B.std(correction=0)),
+        }
+        metrics |= decision.metrics
+        if self.detector.needs_directions:
+            metrics |= self.detector.direction_report()
+        if view.facts is not None and "hack" in view.facts:
+            metrics["detector/auroc"] = auroc(scores_B, view.facts["hack"])
+        return judged, metrics
+
+    def save(self, folder: str, settings: Mapping[str, Any]) -> None:
+        """Write the state into a checkpoint folder, whole or not at all, and the run's settings beside it."""
+        path = Path(folder) / STATE_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        torch.save({"detector": self.detector.state_dict(), "gate": self.gate.state_dict()}, partial)
+        os.replace(partial, path)
+        (path.parent / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, default=str))
+
+    def load(self, folder: str) -> None:
+        """Restore ``save``. Raises ``UserError`` when the state is another method's."""
+        path = Path(folder) / STATE_FILE
+        if not path.exists():
+            raise UserError("trainer.resume_from_path", folder, f"no {STATE_FILE} there: written by another trainer")
+        state = torch.load(path, weights_only=False)
+        self.detector.load_state_dict(state["detector"])
+        self.gate.load_state_dict(state["gate"])

@@ -1,0 +1,174 @@
+"""Scores of a batch: activations read in a pass that verl runs anyway, or in one of the trainer's own.
+
+Shapes: B real rollouts, L layers, d hidden size.
+"""
+
+# The types that verl declares are narrower than what it passes.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transfer_queue import KVBatchMeta
+from verl.utils.debug import marked_timer
+
+from verl_grad_routing.detectors import BatchView, Signal
+from verl_grad_routing.directions import load_pairs
+from verl_grad_routing.training.columns import dense, part_of, plain, read, real_rows
+from verl_grad_routing.training.pairs_pass import pool_pairs
+from verl_grad_routing.training.probe import Project
+from verl_grad_routing.training.router import grader_facts
+from verl_grad_routing.training.trainer.core import Core
+
+
+class Scoring(Core):
+    """Fits the detector's direction at the start, reads activations in every step, and builds the batch's view."""
+
+    @property
+    def reads_activations(self) -> bool:
+        return self.routed and self.detector.needs_directions
+
+    # ---- the direction ----
+
+    def _load_checkpoint(self) -> None:
+        # before verl's own: the direction is that of the untrained model, and a resumed run's is loaded over it
+        if self.reads_activations:
+            shape = self.actor_rollout_wg.model_shape()[0]
+            self.layers = self.detector.resolve_layers(shape["layers"])
+            self.hidden_size = shape["hidden_size"]
+            self.score_pass = self.detector.resolve_score_pass(self.ref_in_actor and self.use_reference_policy)
+            self.pairs = load_pairs(self.detector.config.pairs) if self.detector.needs_pairs else None
+            self._fit_directions()
+            print(
+                f"grad_routing: scores are read in the {self.score_pass} pass after layers {list(self.layers)} of "
+                f"{shape['layers']}; pairs {self.pairs.content_hash if self.pairs else 'none'}"
+            )
+        super()._load_checkpoint()
+
+    def _fit_directions(self) -> None:
+        pooled = (None, None)
+        if self.pairs is not None:
+            rows, batching = self._even_rows(2 * len(self.pairs))
+            pooled = pool_pairs(
+                self.actor_rollout_wg,
+                self.pairs,
+                self.tokenizer,
+                self.layers,
+                self.detector.pair_position,
+                self.score_pass,
+                rows,
+                batching,
+            )
+        pairs_hash = self.pairs.content_hash if self.pairs is not None else None
+        self.detector.fit(*pooled, self.layers, self.hidden_size, pairs_hash)
+
+    def on_step_begin(self) -> None:
+        super().on_step_begin()
+        every = self.detector.config.refresh_every if self.reads_activations else 0
+        if every and self.score_pass != "reference" and self.global_steps > 1 and (self.global_steps - 1) % every == 0:
+            with marked_timer("refresh_direction", self.timing_raw, color="purple"):
+                self._fit_directions()
+
+    # ---- the passes ----
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self._probing(batch, "policy"):
+            return super()._compute_old_log_prob(batch, metrics)
+
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self._probing(batch, "reference"):
+            return super()._compute_ref_log_prob(batch, metrics)
+
+    @contextmanager
+    def _probing(self, batch: KVBatchMeta, which: str) -> Iterator[None]:
+        """Let the pass inside project the rollouts' activations, if ``which`` is the pass that is read."""
+        if not self.reads_activations or self.score_pass != which:
+            yield
+            return
+        batch.extra_info["probe"] = self._projection()
+        try:
+            yield
+        finally:
+            batch.extra_info.pop("probe", None)
+
+    def _own_scoring_pass(self, batch: KVBatchMeta) -> None:
+        """The one extra forward, where no pass that verl runs can be read."""
+        extra = {"no_lora_adapter": self.score_pass == "reference", "ablate_quarantine": self.score_pass == "ablated"}
+        self._log_prob_pass(batch, {"probe": self._projection(), **extra})
+
+    def _projection(self) -> Project:
+        return Project(self.layers, self.detector.directions_DLd, self.detector.position)
+
+    def _log_prob_pass(self, batch: KVBatchMeta, extra: dict[str, Any]) -> None:
+        """Log-probs of ``batch`` into its ``log_probs`` field, without a loss or entropies."""
+        settings = {
+            "calculate_entropy": False,
+            "compute_loss": False,
+            "temperature": self.config.actor_rollout_ref.rollout.temperature,
+        }
+        self.actor_rollout_wg.compute_log_prob(
+            KVBatchMeta(
+                keys=batch.keys,
+                tags=batch.tags,
+                partition_id=batch.partition_id,
+                fields=batch.fields,
+                extra_info={**settings, **extra},
+            )
+        )
+
+    def _pass_was_made(self) -> bool:
+        correction = self.config.algorithm.get("rollout_correction", None)
+        bypass = bool(correction and correction.get("bypass_mode", False))
+        return {
+            "policy": not bypass,
+            "reference": self.use_reference_policy and self.ref_in_actor,
+            "ablated": False,
+        }[self.score_pass]
+
+    def _even_rows(self, count: int) -> tuple[int, dict[str, int]]:
+        """The least number of rows, at least ``count``, that ranks and micro-batches divide, and their setting."""
+        group, role = self.actor_rollout_wg, "actor"
+        if role not in group._dispatch_info:
+            group._dispatch_info[role] = group._query_dispatch_info(role)
+        ranks = max(group._dispatch_info[role]) + 1
+        rollout = self.config.actor_rollout_ref.rollout
+        per_rank = math.ceil(count / ranks)
+        if rollout.log_prob_use_dynamic_bsz:
+            return per_rank * ranks, {}
+        batches = math.ceil(per_rank / rollout.log_prob_micro_batch_size_per_gpu)
+        size = math.ceil(per_rank / batches)
+        return ranks * batches * size, {"micro_batch_size_per_gpu": size}
+
+    # ---- what is known of the batch ----
+
+    def _view(self, batch: KVBatchMeta) -> BatchView:
+        """The real rollouts of ``batch``, scored activations included."""
+        if self.reads_activations and not self._pass_was_made():
+            self._own_scoring_pass(batch)
+        real = part_of(batch, real_rows(batch))
+        fields = ["uid", "extra_fields", "rm_scores"]
+        texts: dict[str, tuple[str, ...]] = {}
+        if self.detector.signal is Signal.monitor:
+            fields += ["prompts", "responses"]
+        if self.reads_activations:
+            fields.append("activation_scores")
+        data = read(real, *fields)
+        for name in fields:
+            if name in ("prompts", "responses"):
+                rows = data[name].unbind()
+                texts[name] = tuple(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows)
+        return BatchView(
+            keys=tuple(real.keys),
+            uids=tuple(str(uid) for uid in plain(data["uid"])),
+            step=self.global_steps,
+            seed=self.settings.seed,
+            activation_scores_BD=dense(data["activation_scores"]) if self.reads_activations else None,
+            proxy_reward_B=torch.stack([row.sum() for row in data["rm_scores"].unbind()]),
+            facts=grader_facts(plain(data["extra_fields"])),
+            **texts,
+        )

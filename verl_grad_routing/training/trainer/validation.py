@@ -1,0 +1,55 @@
+"""Validation of the model as trained and as it will be deployed."""
+
+# The types that verl declares are narrower than what it passes.
+# pyright: reportAttributeAccessIssue=false, reportUnusedCoroutine=false
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from omegaconf import open_dict
+
+from verl_grad_routing.routing import BLOCKS
+from verl_grad_routing.training.trainer.core import Core
+
+
+class DeployedValidation(Core):
+    """verl's validation once a view: both blocks, and the deployed block alone."""
+
+    def _validate(self) -> dict[str, float]:
+        """verl's validation as trained, and the same keys under ``val/deployed/`` as deployed.
+
+        With ``grad_routing.validate_swapped`` also under ``val/swapped/``, the quarantine alone.
+        """
+        metrics = super()._validate()
+        if not (self.routed and self.settings.blocks.ablate_at_deployment):
+            return metrics | {f"val/deployed/{key}": value for key, value in metrics.items()}
+        views = {"deployed": ("deployed",)}
+        if self.settings.validate_swapped:
+            views["swapped"] = ("quarantine",)
+        for view, blocks in views.items():
+            with self._exported(view, blocks):
+                metrics |= {f"val/{view}/{key}": value for key, value in super()._validate().items()}
+        return metrics
+
+    @contextmanager
+    def _exported(self, view: str, blocks: tuple[str, ...]) -> Iterator[None]:
+        """The rollout engine holds ``blocks`` alone inside, both again afterwards; samples go to a folder ``view``."""
+        dumps = self.config.trainer.get("validation_data_dir", None)
+        try:
+            self._send_weights(blocks)
+            self._set_validation_folder(os.path.join(dumps, view) if dumps else None)
+            yield
+        finally:
+            self._set_validation_folder(dumps)
+            self._send_weights(tuple(BLOCKS))
+
+    def _send_weights(self, blocks: tuple[str, ...]) -> None:
+        self.checkpoint_manager.sleep_replicas()
+        self.actor_rollout_wg.export_blocks(blocks)
+        self.checkpoint_manager.update_weights(self.global_steps)
+
+    def _set_validation_folder(self, folder: str | None) -> None:
+        with open_dict(self.config):
+            self.config.trainer.validation_data_dir = folder
