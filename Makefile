@@ -43,13 +43,19 @@ E2E := "e2e and not slow and not gpu"
 SLOW := "slow and not gpu"
 
 # Lint, the fast tests on two cores, then whole runs one by one; all of it runs, and any one failing fails the target.
+# On CI a test that failed is asked once more, alone: a machine in trouble is told from a defect, and both are printed.
 define run-tests
-@status=0
-$(MAKE) --no-print-directory lint || status=1
-$(BIN)/pytest tests -m $(FAST) -n 2 --dist loadscope $(PYTEST_FLAGS) || status=1
+@lint=0 status=0
+$(MAKE) --no-print-directory lint || lint=1
+$(BIN)/pytest tests -m $(FAST) -n 2 --dist loadscope --cache-clear $(PYTEST_FLAGS) || status=1
 for marks in $(1); do $(BIN)/pytest tests -m "$$marks" $(PYTEST_FLAGS) || status=1; done
+if [ $$status = 1 ] && [ -n "$${CI:-}" ]; then
+	echo "FAILED ONCE: asked again, alone; what passes now is unsteady, see above"
+	free -m; df -h /dev/shm /tmp
+	$(BIN)/pytest tests --last-failed --last-failed-no-failures none $(PYTEST_FLAGS) && status=0
+fi
 echo "make $@: $$SECONDS s in all"
-exit $$status
+exit $$((lint + status))
 endef
 
 test: $(STAMP)

@@ -97,12 +97,14 @@ def _run_world(size: int, inputs: Inputs, folder: Path) -> Results:
                 break  # one has failed; the others would wait for it
             time.sleep(0.1)
     finally:
+        codes = [process.poll() for process in processes]
         for process in processes:
             process.kill()
             process.wait()
-    if any(process.returncode for process in processes):
+    if any(codes) or None in codes:
         tails = "\n".join(f"--- rank {i}\n{log.read_text()[-3000:]}" for i, log in enumerate(logs))
-        return Results(size, f"it failed or took more than {LIMIT_S} s\n{tails}")
+        told = f"its ranks ended with {codes} (None: alive when it was stopped, after at most {LIMIT_S} s; -9: killed)"
+        return Results(size, f"{told}\n{tails}")
     return Results(size, torch.load(folder / "results.pt", weights_only=False))
 
 
