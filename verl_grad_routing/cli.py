@@ -40,6 +40,7 @@ class Kind(str, Enum):
     gates = "gates"
     interventions = "interventions"
     environments = "environments"
+    hooks = "hooks"
 
 
 class Format(str, Enum):
@@ -85,6 +86,7 @@ def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
         Kind.gates: _gates,
         Kind.interventions: _interventions,
         Kind.environments: _environments,
+        Kind.hooks: _hooks,
     }[kind]()
     width = max((len(name) for name, _ in rows), default=0)
     for name, text in rows:
@@ -186,6 +188,55 @@ def run(
     run_whole_bench(environment, json_path=json, pairs=pairs, steps=steps)
 
 
+@app.command("warm-up")
+def warm_up_command(
+    model: Annotated[Path, typer.Argument(help="Folder of the model to start from; it stays as it is.")],
+    to: Annotated[Path, typer.Option("--to", help="File for the basis: name.safetensors.")],
+    pairs: Annotated[str | None, typer.Option(help="Contrastive pairs; their wanted sides are the clean data.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Clean conversations instead: parquet with `messages`.")] = None,
+    rank: Annotated[int, typer.Option(help="Directions to keep of every matrix.")] = 10,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 20,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
+    batch_size: Annotated[int | None, typer.Option(help="Rows of a step; all pairs, or 32 conversations.")] = None,
+    ranks: Annotated[int, typer.Option(help="Training processes on this machine.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the data's order.")] = 0,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Further settings of verl's SFT trainer: key=value.")
+    ] = None,
+) -> None:
+    """Warm a model up on clean data and keep the directions in which it moved, for TDGA (preset tdga)."""
+    from verl_grad_routing.warm_up import WarmUp, warm_up
+    from verl_grad_routing.warm_up.command import describe
+
+    settings = WarmUp(model, pairs, data, rank, steps, lr, batch_size, ranks, seed, tuple(overrides or ()))
+    for line in describe(warm_up(settings, to), to):
+        print(line)
+
+
+@app.command()
+def drift(
+    first: Annotated[Path, typer.Argument(help="A checkpoint folder of a run (global_step_N), or a warm-up's basis.")],
+    second: Annotated[Path, typer.Argument(help="Another one, of the same model.")],
+    rank: Annotated[int, typer.Option(help="Directions of each matrix to compare.")] = 5,
+    json: JsonFile = None,
+) -> None:
+    """How far two changes of a model point in the same directions: 1 the same subspaces, 0 orthogonal ones."""
+    from json import dumps
+
+    from verl_grad_routing.deploy.changes import checkpoint_basis
+    from verl_grad_routing.subspaces import drift as overlaps
+    from verl_grad_routing.subspaces import load_basis
+
+    one, other = (checkpoint_basis(p, rank) if p.is_dir() else load_basis(p, rank) for p in (first, second))
+    found = overlaps(one, other)
+    width = max(map(len, found))
+    for name, overlap in found.items():
+        print(f"{name:<{width}}  {overlap:.3f}")
+    print(f"{'mean':<{width}}  {sum(found.values()) / len(found):.3f}")
+    if json is not None:
+        json.write_text(dumps(found, indent=2))
+
+
 @app.command()
 def demo(to: To = Path("demo")) -> None:
     """Prepare a small environment, train it unrouted and routed, and compare; about twenty minutes on two cores."""
@@ -269,6 +320,12 @@ def _interventions() -> list[tuple[str, str]]:
     from verl_grad_routing.interventions import INTERVENTIONS
 
     return _with_external(INTERVENTIONS)
+
+
+def _hooks() -> list[tuple[str, str]]:
+    from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
+
+    return _with_external(ENGINE_HOOKS)
 
 
 def _environments() -> list[tuple[str, str]]:

@@ -98,7 +98,7 @@ def recipe_run(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 
 @dataclass(frozen=True)
 class EngineKilled:
-    """`screen` with every batch recorded; its rollout engine was killed in the weight hand-over after step 2."""
+    """`screen` with regularised gradients, every batch recorded; its engine was killed in the hand-over after step 2."""
 
     folder: Path
     record: Path
@@ -115,6 +115,7 @@ def engine_killed(environment: Path, tmp_path_factory: pytest.TempPathFactory) -
         *SMALL,
         # a monitor that fires on every second rollout or so: its verdict is about letters, not about hacks
         "grad_routing.detector.rules=['^[a-h]']",
+        "grad_routing.blocks.hooks=[{name: regularize_gradient, gamma: 0.01}]",
         f"grad_routing.record_dir={record}",
         "grad_routing.rollout_timeout_s=600",
         f"trainer.default_local_dir={folder / 'checkpoints'}",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.e2e.conftest import SMALL, EngineKilled, Train
 from verl_grad_routing.compare.runs import Run, load_run
+from verl_grad_routing.deploy.changes import checkpoint_basis
+from verl_grad_routing.subspaces import drift, load_basis
+from verl_grad_routing.warm_up import WarmUp, warm_up
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1000)]
 
@@ -31,6 +35,31 @@ def test_screening_takes_rollouts_out_of_the_step(engine_killed: EngineKilled) -
     tokens = sum(int(mask.sum()) for mask in batch["fields"]["response_mask"].unbind())
     # what is rejected has left the mask that verl counts its denominators on, and that blocks are stepped by
     assert 0 < finite(run, "routing/mass_deployed")[0] < tokens
+
+
+def test_gradients_are_taken_once_more_uphill(engine_killed: EngineKilled) -> None:
+    run = load_run(engine_killed.folder)
+    first, second = (finite(run, f"routing/regularize_gradient/{key}") for key in ("grad_norm", "grad_norm_uphill"))
+    assert first[0] > 0 and first[0] != second[0]
+
+
+@pytest.mark.slow
+def test_a_preset_with_a_hook(train: Train) -> None:
+    run = train("gradient_regularization", STEPS, *SMALL)
+    assert all(norm > 0 for norm in finite(run, "routing/regularize_gradient/grad_norm_uphill"))
+
+
+@pytest.mark.slow
+def test_updates_stay_in_the_warm_ups_directions(environment: Path, train: Train, tmp_path: Path) -> None:
+    file = tmp_path / "basis.safetensors"
+    warm_up(WarmUp(environment / "model", pairs=str(environment / "pairs.jsonl"), rank=5, limit_s=300), file)
+    settings = [f"grad_routing.blocks.hooks.0.basis={file}", "grad_routing.blocks.hooks.0.project=update"]
+    settings += ["grad_routing.hardware.ranks=2", f"trainer.save_freq={STEPS}"]
+    run = train("tdga", STEPS, *SMALL, *settings)
+    assert all(0 < share < 1 for share in finite(run, "routing/project_update/share_inside"))
+    moved = checkpoint_basis(run.folder / "checkpoints" / f"global_step_{STEPS}", rank=5)
+    # two blocks of rank 8 each have moved, and all of it lies in five directions
+    assert min(drift(moved, load_basis(file)).values()) > 0.999
 
 
 @pytest.mark.slow

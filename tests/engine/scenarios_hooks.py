@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class ZeroGradients(EngineHook):
     class Config:
         block: str = "deployed"
 
-    def transform_gradients(self, blocks: Blocks) -> None:
+    def transform_gradients(self, blocks: Blocks, recompute: Callable[[], None]) -> None:
         for parameter in blocks[self.config.block]:
             assert parameter.grad is not None
             parameter.grad.zero_()

@@ -112,8 +112,14 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "collect_lora_params": "module layered_summon base_sync_done",
         "fsdp2_clip_grad_norm_": "parameters max_norm norm_type error_if_nonfinite foreach",
     },
+    "verl.trainer.sft_trainer": {
+        "SFTTrainer.__init__": "self config",
+        "SFTTrainer.fit": "self",
+        "create_sft_dataset": "data_paths data_config tokenizer processor max_samples",
+    },
     "verl.utils.distributed": {
         "initialize_global_process_group_ray": "timeout_second backend",
+        "destroy_global_process_group": "",
     },
     "verl.workers.config.optimizer": {
         "build_optimizer": "parameters config",

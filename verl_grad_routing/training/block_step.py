@@ -9,19 +9,15 @@ depends on the size of a gradient or an advantage.
 # pyright: reportArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
 from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
 
-from verl_grad_routing.training.hooks import Blocks, EngineHook
+from verl_grad_routing.training.hooks import Blocks, EngineHook, local
 
 NAMES = ("deployed", "quarantine")
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _norm(shards: Sequence[torch.Tensor]) -> float:
@@ -41,7 +37,7 @@ class BlockStep:
 
     Attributes:
         metrics: Of the last step: ``routing/mass_*``, ``routing/grad_norm/*`` (before clipping) and
-            ``routing/update_norm/*``.
+            ``routing/update_norm/*``, and what hooks report.
     """
 
     def __init__(
@@ -55,15 +51,22 @@ class BlockStep:
         self.metrics: dict[str, float] = {}
 
     @torch.no_grad()  # hooks change parameters and gradients in place
-    def __call__(self, mass_2: Sequence[float]) -> float:
-        """Clip and step; ``mass_2`` holds the tokens that train each block. Returns the norm over both blocks."""
+    def __call__(self, mass_2: Sequence[float], gradients_anew: Callable[[], None]) -> float:
+        """Clip and step. Returns the norm over both blocks.
+
+        Args:
+            mass_2: Tokens that train each block.
+            gradients_anew: Computes the mini-batch's gradients once more, for the hooks that ask.
+        """
         masses = dict(zip(NAMES, mass_2, strict=True))
-        for name, parameters in self.blocks.items():
-            if masses[name] == 0:
-                for parameter in parameters:
-                    parameter.grad = None
+        self._drop_massless(masses)
+
+        def recompute() -> None:
+            gradients_anew()
+            self._drop_massless(masses)
+
         for hook in self.hooks:
-            hook.transform_gradients(self.blocks)
+            hook.transform_gradients(self.blocks, recompute)
         norms = {name: self._clip(name) for name in self.blocks}
         total = sum(norm**2 for norm in norms.values()) ** 0.5
         updates = dict.fromkeys(self.blocks, 0.0)
@@ -75,7 +78,15 @@ class BlockStep:
         self.metrics = {f"routing/mass_{name}": masses[name] for name in NAMES}
         self.metrics |= {f"routing/grad_norm/{name}": norm for name, norm in norms.items()}
         self.metrics |= {f"routing/update_norm/{name}": norm for name, norm in updates.items()}
+        for hook in self.hooks:
+            self.metrics |= {f"routing/{hook.name}/{key}": value for key, value in hook.metrics.items()}
         return total
+
+    def _drop_massless(self, masses: Mapping[str, float]) -> None:
+        for name, parameters in self.blocks.items():
+            if masses[name] == 0:
+                for parameter in parameters:
+                    parameter.grad = None
 
     def _clip(self, name: str) -> float:
         parameters = [parameter for parameter in self.blocks[name] if parameter.grad is not None]
@@ -88,7 +99,7 @@ class BlockStep:
         before = {name: [p.detach().clone() for p in parameters] for name, parameters in self.blocks.items()}
         self.optimizer.step()
         for hook in self.hooks:
-            hook.transform_update(self.blocks, {name: [_local(t) for t in shards] for name, shards in before.items()})
+            hook.transform_update(self.blocks, {name: [local(t) for t in shards] for name, shards in before.items()})
         return {
             name: _norm([p.detach() - old for p, old in zip(parameters, before[name], strict=True)])
             for name, parameters in self.blocks.items()

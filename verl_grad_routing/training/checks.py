@@ -57,6 +57,9 @@ def mandatory_values(run: Run) -> None:
         if isinstance(node, Mapping):
             for key, value in node.items():
                 walk(value, f"{path}.{key}" if path else str(key))
+        elif isinstance(node, list):
+            for index, value in enumerate(node):
+                walk(value, f"{path}.{index}")
         elif node == MISSING:
             raise UserError(path, MISSING, "this value is required; set it on the command line or in your YAML")
 
@@ -182,6 +185,14 @@ def schedules(run: Run) -> None:
         raise UserError("grad_routing.intervention.head_start_steps", head_start, fix)
 
 
+def hooks(run: Run) -> None:
+    from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
+
+    model = str(run.get("actor_rollout_ref.model.path"))
+    for settings in run.settings.blocks.hooks:
+        ENGINE_HOOKS.build(settings, "grad_routing.blocks.hooks").check(model)
+
+
 def layers(run: Run) -> None:
     path = Path(str(run.get("actor_rollout_ref.model.path"))).expanduser() / "config.json"
     if not (run.reads_activations and path.is_file()):
@@ -239,6 +250,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     pairs,
     groups,
     schedules,
+    hooks,
     layers,
     replay,
     versions,

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from verl_grad_routing.routing import (
     BLOCKS,
     add_blocks,
     block_masks,
+    block_of,
     block_parameters,
     expand_to_padded,
     expand_to_tokens,
@@ -37,7 +39,7 @@ from verl_grad_routing.routing import (
 )
 from verl_grad_routing.training import export
 from verl_grad_routing.training.block_step import BlockStep
-from verl_grad_routing.training.hooks import ENGINE_HOOKS
+from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
 from verl_grad_routing.training.own_gate import CURRENT, with_current_log_probs
 from verl_grad_routing.training.probe import ActivationProbe
 
@@ -65,6 +67,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         self.hooks = [ENGINE_HOOKS.build(hook, "grad_routing.blocks.hooks") for hook in self.blocks_config.hooks]
         self.exported_blocks: tuple[str, ...] = tuple(BLOCKS)
         self._mass_2 = torch.ones(2)
+        self._gradients_anew: Callable[[], None] | None = None
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
 
     # ---- building ----
@@ -120,6 +123,9 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
             "deployed": self.blocks_config.clip_norm_deployed or limit,
             "quarantine": self.blocks_config.clip_norm_quarantine or limit,
         }
+        named = {name: parameter for name, parameter in module.named_parameters() if block_of(name) is not None}
+        for hook in self.hooks:
+            hook.bind(named)
         self.block_step = BlockStep(optimizer, blocks, limits, self.hooks)
         return optimizer
 
@@ -193,10 +199,19 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
         if not forward_only:
             self._mass_2 = self._block_mass(data)
+            self._gradients_anew = partial(self._recompute, data, loss_function)
+        return self._pass(data, loss_function, forward_only)
+
+    def _pass(self, data: TensorDict, loss_function: Callable, forward_only: bool) -> Any:
         try:
             return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
         finally:
             self.context.clear()
+
+    def _recompute(self, data: TensorDict, loss_function: Callable) -> None:
+        self.optimizer_zero_grad()
+        with torch.enable_grad():
+            self._pass(data, loss_function, forward_only=False)
 
     def _block_mass(self, data: TensorDict) -> torch.Tensor:
         """Tokens of the whole mini-batch that train each block, over all ranks: what decides whether it is stepped."""
@@ -224,7 +239,11 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         return loss, output
 
     def optimizer_step(self) -> float:
-        return self.block_step(self._mass_2.tolist())
+        assert self._gradients_anew is not None
+        try:
+            return self.block_step(self._mass_2.tolist(), self._gradients_anew)
+        finally:
+            self._gradients_anew = None  # it holds the mini-batch
 
     def train_batch(self, data: TensorDict, loss_function: Callable) -> Any:
         outputs = super().train_batch(data, loss_function)

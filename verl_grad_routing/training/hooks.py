@@ -7,11 +7,12 @@ Gradients and parameters are DTensors: a hook works on local shards and reduces 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from verl_grad_routing.registry import Registry
 
@@ -19,13 +20,29 @@ Blocks = Mapping[str, list[torch.nn.Parameter]]
 
 
 class EngineHook:
-    """One method's reach into the step; every part is optional. ``Config`` is a frozen dataclass."""
+    """One method's reach into the step; every part is optional. ``Config`` is a frozen dataclass.
+
+    Class attributes:
+        recomputes: It asks for gradients at other weights than the step's. Old log-probs must then be numbers that
+            were fixed before the update, so KEEP rollouts get a pass of their own for them.
+
+    Attributes:
+        metrics: What the last step is reported with, as ``routing/{name}/{key}``.
+    """
 
     name: ClassVar[str] = ""
+    recomputes: ClassVar[bool] = False
     Config: ClassVar[type]
 
     def __init__(self, config: Any):
         self.config = config
+        self.metrics: dict[str, float] = {}
+
+    def check(self, model: str) -> None:
+        """Refuse what cannot work with this base model, before Ray starts. Raises ``UserError``."""
+
+    def bind(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Called once, with both blocks' parameters (DTensors) by their names in the PEFT model."""
 
     def extra_loss(self, engine: Any, model_output: Mapping[str, Any], micro_batch: Any) -> Tensor | None:
         """A scalar to add to the micro-batch's loss, normalised over the global mini-batch by the hook itself.
@@ -35,11 +52,20 @@ class EngineHook:
         """
         return None
 
-    def transform_gradients(self, blocks: Blocks) -> None:
-        """Change ``.grad`` of the blocks' parameters in place, before clipping; ``None`` in a block without mass."""
+    def transform_gradients(self, blocks: Blocks, recompute: Callable[[], None]) -> None:
+        """Change ``.grad`` of the blocks' parameters in place, before clipping; ``None`` in a block without mass.
+
+        ``recompute()`` replaces every ``.grad`` by the same mini-batch's at the parameters as they are then. All ranks
+        must call it equally often.
+        """
 
     def transform_update(self, blocks: Blocks, before: Mapping[str, list[Tensor]]) -> None:
         """Change the parameters in place after the step; ``before`` holds their local shards before it."""
 
 
 ENGINE_HOOKS: Registry[EngineHook] = Registry("engine hook")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor, sharing its memory; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -42,7 +42,7 @@ def check(folder: Path, *overrides: str, preset: str = "persona") -> None:
 
 
 FIRST = ["off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"]
-LATER = ["labels_partial", "strict", "head_start", "head_start_freeze", "pissa"]
+LATER = ["labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "gradient_regularization"]
 
 
 @pytest.mark.parametrize("preset", [*FIRST, *LATER])
@@ -132,3 +132,21 @@ def test_a_gate_on_pair_means_needs_pairs(folder: Path) -> None:
     gate = "grad_routing.gate={name: pair_midpoint}"
     with pytest.raises(UserError, match=r"grad_routing\.gate\.name"):
         check(folder, "~grad_routing.gate", f"+{gate}", preset="coinflip")
+
+
+HOOK = "grad_routing.blocks.hooks.0"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ([], "hooks.0.basis"),
+        ([f"{HOOK}.basis=nowhere.safetensors"], "vgr warm-up"),
+        ([f"{HOOK}.basis=x", f"{HOOK}.project=both"], "hooks.project"),
+        ([f"{HOOK}.basis=x", f"{HOOK}.name=project"], "project_update"),
+    ],
+)
+def test_a_hook_that_cannot_work_is_refused(folder: Path, overrides: list[str], named: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(folder, *overrides, preset="tdga")
+    assert named in str(caught.value) and "\n" not in str(caught.value)

@@ -19,6 +19,7 @@ from verl.workers.utils.padding import response_from_nested
 from verl_grad_routing.interventions import Intervention, Judged
 from verl_grad_routing.routing import Route
 from verl_grad_routing.training.columns import part_of, read, real_rows, write
+from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
 from verl_grad_routing.training.own_gate import CURRENT, closed_rows
 from verl_grad_routing.training.router import fact_metrics
 from verl_grad_routing.training.trainer.scoring import Scoring
@@ -83,6 +84,8 @@ class Learning(Scoring):
     def _is_one_on_policy_update(self, rows: int) -> bool:
         """Whether the whole batch is one mini-batch, seen once, and nothing else reads its old log-probs."""
         actor, algorithm = self.config.actor_rollout_ref.actor, self.config.algorithm
+        if any(ENGINE_HOOKS[hook["name"]].recomputes for hook in self.settings.blocks.hooks):
+            return False
         correction = algorithm.get("rollout_correction", None) or {}
         corrected = any(correction.get(key, None) for key in ("rollout_is", "rollout_rs", "bypass_mode"))
         one = actor.ppo_epochs == 1 and actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n >= rows
