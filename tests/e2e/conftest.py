@@ -98,7 +98,7 @@ def recipe_run(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 
 @dataclass(frozen=True)
 class EngineKilled:
-    """`screen` with regularised gradients, every batch recorded; its engine was killed in the hand-over after step 2."""
+    """`screen` with regularised gradients, every batch recorded; its engine was killed in a hand-over after step 2."""
 
     folder: Path
     record: Path
