@@ -75,6 +75,10 @@ def shared_clip(world: World) -> dict[str, Any]:
     return found
 
 
+def never() -> None:
+    raise AssertionError("without a hook nothing asks for a second gradient")
+
+
 @scenario(1)
 def block_step_oracles(world: World) -> dict[str, Any]:
     """The step alone, on numbers small enough to do by hand."""
@@ -83,7 +87,7 @@ def block_step_oracles(world: World) -> dict[str, Any]:
     sgd = torch.optim.SGD([{"params": parameters} for parameters in blocks.values()], lr=1.0)
     step = BlockStep(sgd, blocks, {"deployed": 1.0, "quarantine": 1.0}, [])
     deployed.grad, quarantine.grad = torch.tensor([0.3, 0.0]), torch.tensor([0.0, 4.0])
-    total = step([5.0, 7.0])
+    total = step([5.0, 7.0], never)
     clipped = {"deployed": deployed.detach().clone(), "quarantine": quarantine.detach().clone(), "total": total}
 
     momentum = torch.nn.Parameter(torch.ones(1))
@@ -94,14 +98,14 @@ def block_step_oracles(world: World) -> dict[str, Any]:
     trajectory = []
     for gradient, mass in ((1.0, 1.0), (0.0, 0.0), (0.0, 1.0)):
         momentum.grad = torch.tensor([gradient])
-        step([mass, 0.0])
+        step([mass, 0.0], never)
         trajectory.append(momentum.item())
     poisoned = {}
     for name, gradient in (("deployed", float("nan")), ("quarantine", float("inf"))):
         for block, parameters in blocks.items():
             parameters[0].grad = torch.tensor([gradient if block == name else 1.0])
         before = [parameter.item() for parameters in blocks.values() for parameter in parameters]
-        step([1.0, 1.0])
+        step([1.0, 1.0], never)
         poisoned[name] = (before, [parameter.item() for parameters in blocks.values() for parameter in parameters])
     return {"clipped": clipped, "trajectory": trajectory, "poisoned": poisoned}
 

@@ -17,7 +17,7 @@ from verl.utils import tensordict_utils as tu
 
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.fingerprints import GradientProbe
-from verl_grad_routing.training.columns import dense, read
+from verl_grad_routing.training.columns import dense, plain, read
 from verl_grad_routing.training.fingerprint_step import ASKED
 from verl_grad_routing.training.probe import AdjacentCosines
 
@@ -30,7 +30,8 @@ def engine_rows(batch: KVBatchMeta, count: int) -> TensorDict:
     Raises:
         UserError: The rollouts have images or the like, which these rows would lose.
     """
-    if "multi_modal_inputs" in (batch.fields or ()):
+    inputs = "multi_modal_inputs"  # verl writes the column for text too, with nothing in it
+    if inputs in (batch.fields or ()) and any(plain(read(batch, inputs)[inputs])):
         raise UserError("grad_routing.detector.name", "fingerprints", "only text rollouts can be fingerprinted")
     data = read(batch, *FIELDS)
     columns = {}

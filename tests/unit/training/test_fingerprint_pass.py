@@ -55,13 +55,18 @@ def fingerprinted(monkeypatch: pytest.MonkeyPatch):
     from verl_grad_routing.training import fingerprint_pass
     from verl_grad_routing.training.trainer.scoring import Scoring
 
-    def read(batch: KVBatchMeta, *fields: str) -> TensorDict:
+    images: list[dict] = []
+
+    def read(batch: KVBatchMeta, *fields: str) -> Any:
+        if fields == ("multi_modal_inputs",):
+            return {"multi_modal_inputs": images or [{} for _ in batch.keys]}
         rows = [torch.full((3 + int(key[1:]),), int(key[1:])) for key in batch.keys]
         return TensorDict({field: jagged(rows) for field in fields}, batch_size=[len(rows)])
 
     monkeypatch.setattr(fingerprint_pass, "read", read)
 
-    def run(dynamic: bool = False, fields: list[str] | None = None, **settings: Any):
+    def run(dynamic: bool = False, fields: list[str] | None = None, image: dict | None = None, **settings: Any):
+        images.extend([image] if image else [])
         trainer = object.__new__(Scoring)
         trainer.actor_rollout_wg, trainer.timing_raw, trainer.routed = Workers(), {}, True
         values = {"rules": ["x"], "num_layers": 2, "dim": DIM, **settings}
@@ -111,5 +116,6 @@ def test_without_a_rewarded_rollout_no_worker_is_asked(fingerprinted) -> None:
 
 
 def test_images_are_refused(fingerprinted) -> None:
+    fingerprinted(fields=["multi_modal_inputs"], layers=[1])  # verl writes an empty column for text
     with pytest.raises(UserError, match="only text"):
-        fingerprinted(fields=["multi_modal_inputs"])
+        fingerprinted(fields=["multi_modal_inputs"], layers=[1], image={"pixel_values": 1})
