@@ -62,13 +62,15 @@ class HardwareConfig:
 class EnvironmentConfig:
     """What ``+grad_routing/environment=...`` sets: the name, the folder that ``vgr prepare`` wrote, its pairs.
 
-    ``monitor_rules`` are those of a weak monitor: they know what the pairs know and nothing else.
+    ``monitor_rules`` are those of a weak monitor: they know what the pairs know and nothing else. ``probe_layers`` is
+    how many layers of the environment's own model carry a gradient probe; ``None`` leaves it to the preset.
     """
 
     name: str = ""
     dir: str = ""
     pairs: str = ""
     monitor_rules: tuple[str, ...] = ()
+    probe_layers: int | None = None
 
 
 @dataclass(frozen=True)

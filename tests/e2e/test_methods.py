@@ -70,6 +70,20 @@ def test_modified_rewards(preset: str, train: Train) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("preset", ["grift_mask", "grift_filter"])
+def test_gradient_fingerprints(preset: str, train: Train) -> None:
+    """Every rollout is fingerprinted, labelled by a rule that has nothing to do with hacking, and acted upon."""
+    everything = ["grad_routing.detector.positive_reward=0", "grad_routing.detector.min_silhouette=-1"]
+    run = train(preset, STEPS, *SMALL, RULES, *everything, "grad_routing.detector.min_cluster_share=0")
+    assert finite(run, "grift/fingerprinted") == [1.0] * STEPS
+    assert all(-1 <= value <= 1 for value in finite(run, "grift/silhouette"))
+    assert min(finite(run, "grift/abstain")) == 0, finite(run, "grift/abstain_reason")
+    assert all(seconds > 0 for seconds in finite(run, "timing_s/fingerprint"))
+    key = "advantage_mass_removed" if preset == "grift_mask" else "share_rejected"
+    assert max(finite(run, f"intervention/{key}")) > 0
+
+
+@pytest.mark.slow
 def test_masked_advantages(train: Train) -> None:
     mask = "~grad_routing.intervention.min_kept", "grad_routing.intervention.name=mask_advantage"
     run = train("screen", STEPS, *SMALL, RULES, *mask, name="mask_advantage")

@@ -4,6 +4,7 @@ from verl_grad_routing.detectors import (  # noqa: F401  (each registers its det
     coinflip,
     concept_act,
     constant,
+    grift,
     labels,
     monitor,
     oracle,
@@ -21,6 +22,7 @@ from verl_grad_routing.detectors.base import (
     checked_scores,
     view_for,
 )
+from verl_grad_routing.detectors.fingerprint import FingerprintDetector
 
 __all__ = [
     "DETECTORS",
@@ -28,6 +30,7 @@ __all__ = [
     "ActivationDetector",
     "BatchView",
     "Detector",
+    "FingerprintDetector",
     "NoConfig",
     "Signal",
     "checked_scores",

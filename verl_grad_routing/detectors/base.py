@@ -4,7 +4,7 @@ A detector gives every rollout of a batch one real number, higher when the rollo
 It declares the *signal* it reads; ``view_for`` removes everything else from the batch before the detector sees it, so
 that the facts that only the grader knows cannot reach the routing of a method that claims not to use them.
 
-Shapes: B rollouts of the batch (real rows only, in the driver's order), D directions.
+Shapes: B rollouts of the batch (real rows only, in the driver's order), D directions, F length of a fingerprint.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class BatchView:
         step: Global step, 1 for the first.
         seed: Seed of the run.
         activation_scores_BD: Projection of each rollout's pooled activation on each of the detector's D directions.
+        fingerprints_BF: Projected gradient of the detector's frozen probe; zeros for a rollout not fingerprinted.
         proxy_reward_B: The reward that the policy is trained on.
         prompts: Text of each prompt [B].
         responses: Text of each response [B].
@@ -75,6 +76,7 @@ class BatchView:
     step: int
     seed: int
     activation_scores_BD: Tensor | None = None
+    fingerprints_BF: Tensor | None = None
     proxy_reward_B: Tensor | None = None
     prompts: tuple[str, ...] | None = None
     responses: tuple[str, ...] | None = None
@@ -97,11 +99,16 @@ class Detector(ABC):
         signal: The knowledge that it reads.
         needs_directions: The worker must project pooled activations on this detector's directions
             (then it is an ``ActivationDetector``).
+        needs_fingerprints: The worker must take gradient fingerprints (then it is a ``FingerprintDetector``).
+        judges_whole_batch: Its scores compare the rollouts of a batch with each other (a clustering): the one exception
+            to the rule of ``score``. Everything else about the rule stands, the order of the rollouts included.
     """
 
     name: ClassVar[str] = ""  # set by the registry
     signal: ClassVar[Signal]
     needs_directions: ClassVar[bool] = False
+    needs_fingerprints: ClassVar[bool] = False
+    judges_whole_batch: ClassVar[bool] = False
     Config: ClassVar[type]
 
     def __init__(self, config: Any):
@@ -111,8 +118,25 @@ class Detector(ABC):
     def score(self, view: BatchView) -> Tensor:
         """Scores [B], float64, of the rollouts in ``view``; higher is more like the unwanted behaviour.
 
-        A rollout's score may depend on nothing but that rollout, the step and the seed: never on its neighbours.
+        A rollout's score may depend on nothing but that rollout, the step and the seed: never on its neighbours, unless
+        the class says ``judges_whole_batch``, and never on their order.
         """
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The guarded fields of the view that it may read: its signal's, and what a setting of it adds openly."""
+        return READABLE[self.signal]
+
+    def report(self) -> dict[str, float]:
+        """Metrics of the last call of ``score``; they may know what the detector knows and nothing else."""
+        return {}
+
+    def verdicts(self, view: BatchView, scores_B: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Which rollouts it has judged and which of all it takes for unwanted (bool [B] each), if it reaches verdicts.
+
+        For metrics: a detector that scores and leaves verdicts to the gate returns ``None``.
+        """
+        del view, scores_B
 
     @property
     def knows_everything(self) -> bool:
@@ -156,12 +180,15 @@ def require_same_method(key: str, name: str, state: Mapping[str, Any]) -> None:
 def view_for(detector: Detector, full: BatchView) -> BatchView:
     """``full`` without every field that the detector's signal does not allow.
 
-    Facts remain for ``labels`` and ``oracle`` alone, the proxy reward for ``reward``, texts for ``monitor``, and
-    activation scores for detectors that asked for directions.
+    Facts remain for ``labels`` and ``oracle``, the proxy reward for ``reward``, texts for ``monitor`` (and for a
+    detector whose ``reads`` says so), activation scores for detectors that asked for directions, fingerprints for those
+    that asked for them.
     """
-    hidden = set(GUARDED - READABLE[detector.signal])
+    hidden = set(GUARDED - detector.reads)
     if not detector.needs_directions:
         hidden.add("activation_scores_BD")
+    if not detector.needs_fingerprints:
+        hidden.add("fingerprints_BF")
     return dataclasses.replace(full, **dict.fromkeys(hidden))
 
 

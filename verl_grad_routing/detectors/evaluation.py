@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 
-from sklearn.metrics import roc_auc_score
+import torch
+from sklearn.metrics import f1_score, roc_auc_score
 from torch import Tensor
+
+PERMUTATIONS = 50
 
 
 def auroc(scores_B: Tensor, positives_B: Tensor) -> float:
@@ -14,3 +17,28 @@ def auroc(scores_B: Tensor, positives_B: Tensor) -> float:
     if positives.all() or not positives.any():
         return math.nan
     return float(roc_auc_score(positives, scores_B.detach().cpu().numpy()))
+
+
+def f1(flags_P: Tensor, positives_P: Tensor) -> float:
+    """F1 of the class of non-zero ``positives_P``; NaN when the rollouts have only one class."""
+    positives = positives_P.detach().cpu().numpy() != 0
+    if positives.all() or not positives.any():
+        return math.nan
+    flags = flags_P.detach().cpu().numpy() != 0
+    return float(f1_score(positives, flags, zero_division=0))  # pyright: ignore[reportArgumentType]
+
+
+def permuted_f1(flags_P: Tensor, positives_P: Tensor, seed: int, draws: int = PERMUTATIONS) -> float:
+    """The control for ``f1``: its mean over random permutations of the labels, which is what chance gives."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(positives_P), generator=generator) for _ in range(draws)]
+    return math.fsum(f1(flags_P, positives_P[order]) for order in orders) / draws
+
+
+def verdict_metrics(name: str, flags_P: Tensor, hack_P: Tensor, seed: int) -> dict[str, float]:
+    """F1 of both classes, and the label-permutation control, of verdicts on the rollouts that were judged."""
+    return {
+        f"{name}/f1_hack": f1(flags_P, hack_P),
+        f"{name}/f1_clean": f1(~flags_P, hack_P == 0),
+        f"{name}/permuted_f1": permuted_f1(flags_P, hack_P, seed),
+    }

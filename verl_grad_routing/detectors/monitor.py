@@ -44,17 +44,7 @@ class Monitor(Detector):
         false_positive_rate: float = 0.0  # share of its clean verdicts that it turns
 
         def __post_init__(self) -> None:
-            if (self.rules is None) == (self.judge is None):
-                raise UserError(
-                    "rules", self.rules, "give either rules (regular expressions) or judge (module:function)"
-                )
-            if self.rules is not None:
-                rules = as_tuple("rules", self.rules)
-                if not rules:
-                    raise UserError("rules", [], "give at least one regular expression")
-                for rule in rules:
-                    _compiled(rule)
-                object.__setattr__(self, "rules", rules)
+            object.__setattr__(self, "rules", checked_rules(self.rules, self.judge))
             require_number("recall", self.recall, 0, 1)
             require_number("false_positive_rate", self.false_positive_rate, 0, 1)
 
@@ -62,7 +52,7 @@ class Monitor(Detector):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.judge: Judge = _by_rules(config.rules) if config.rules is not None else _imported(str(config.judge))
+        self.judge: Judge = build_judge(config.rules, config.judge)
 
     def score(self, view: BatchView) -> Tensor:
         if view.prompts is None or view.responses is None:
@@ -82,6 +72,25 @@ class Monitor(Detector):
     def _dialled(self, said: float, key: str, view: BatchView) -> float:
         turns = 1 - self.config.recall if said >= 0.5 else self.config.false_positive_rate
         return 1 - said if uniform("monitor", view.seed, view.step, key) < turns else said
+
+
+def checked_rules(rules: Any, judge: Any) -> tuple[str, ...] | None:
+    """``rules`` as a tuple, ``None`` with a ``judge``. Raises ``UserError``: none, both, or a bad expression."""
+    if (rules is None) == (judge is None):
+        raise UserError("rules", rules, "give either rules (regular expressions) or judge (module:function)")
+    if rules is None:
+        return None
+    rules = as_tuple("rules", rules)
+    if not rules:
+        raise UserError("rules", [], "give at least one regular expression")
+    for rule in rules:
+        _compiled(rule)
+    return rules
+
+
+def build_judge(rules: tuple[str, ...] | None, judge: str | None) -> Judge:
+    """The function of (prompt, response) that checked settings name. Raises ``UserError``: it cannot be imported."""
+    return _by_rules(rules) if rules is not None else _imported(str(judge))
 
 
 def _compiled(rule: Any) -> re.Pattern[str]:

@@ -51,6 +51,10 @@ class Run:
     def reads_activations(self) -> bool:
         return self.routed and self.methods.detector.needs_directions
 
+    @property
+    def reads_fingerprints(self) -> bool:
+        return self.routed and self.methods.detector.needs_fingerprints
+
 
 def mandatory_values(run: Run) -> None:
     def walk(node: Any, path: str) -> None:
@@ -176,6 +180,22 @@ def groups(run: Run) -> None:
         raise UserError("actor_rollout_ref.rollout.n", samples, fix)
 
 
+def fingerprints(run: Run) -> None:
+    """What the pass that takes gradient fingerprints cannot do, and a batch too small to be judged in any step."""
+    if not run.reads_fingerprints:
+        return
+    sequence = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
+    for key, plain in ((sequence, 1), ("actor_rollout_ref.model.enable_activation_offload", False)):
+        value = run.get(key, plain)
+        if value != plain:
+            raise UserError(key, value, f"set {str(plain).lower()}: gradient fingerprints need it")
+    needed = getattr(run.methods.detector.config, "min_positives", 0)
+    rollouts = run.get("data.train_batch_size") * run.get("actor_rollout_ref.rollout.n", 1)
+    if rollouts < needed:
+        fix = f"a step has {rollouts} rollouts, so the detector would always abstain; give at most that"
+        raise UserError("grad_routing.detector.min_positives", needed, fix)
+
+
 def schedules(run: Run) -> None:
     """A head start in which the gate flags nothing is none."""
     head_start = getattr(run.methods.intervention.config, "head_start_steps", 0)
@@ -195,7 +215,7 @@ def hooks(run: Run) -> None:
 
 def layers(run: Run) -> None:
     path = Path(str(run.get("actor_rollout_ref.model.path"))).expanduser() / "config.json"
-    if not (run.reads_activations and path.is_file()):
+    if not ((run.reads_activations or run.reads_fingerprints) and path.is_file()):
         return
     shape = json.loads(path.read_text())
     count = shape.get("num_hidden_layers", get(shape, "text_config.num_hidden_layers"))
@@ -249,6 +269,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     files,
     pairs,
     groups,
+    fingerprints,
     schedules,
     hooks,
     layers,

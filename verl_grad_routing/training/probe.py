@@ -1,8 +1,8 @@
 """Reads the residual stream in a pass that verl runs anyway, and returns one row per rollout.
 
-Two requests, carried by the batch as the non-tensor ``probe``:
+Three requests, carried by the batch as the non-tensor ``probe``:
 ``Pool(layers)`` returns the pooled activations themselves, for the contrastive pairs; ``Project(layers, vectors_DLd)``
-returns their projections, for the rollouts of a step.
+returns their projections, for the rollouts of a step; ``AdjacentCosines(layers)`` says how much each layer turns them.
 Shapes: B rollouts, L layers, D directions, d hidden size.
 """
 
@@ -35,6 +35,17 @@ class Project:
     position: str = "resp_mean"
 
 
+@dataclass(frozen=True)
+class AdjacentCosines:
+    """Return ``activation_pooled`` [B, L]: mean over tokens of the cosine between each layer's input and output."""
+
+    layers: tuple[int, ...]
+    position: str = "resp_mean"
+
+
+Request = Pool | Project | AdjacentCosines
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The blocks of the residual stream, found by the class names that transformers says must not be split."""
     names = set(getattr(model, "_no_split_modules", None) or ())
@@ -49,15 +60,21 @@ class ActivationProbe:
 
     def __init__(self, model: nn.Module):
         self.layers = decoder_layers(model)
-        self._request: Pool | Project | None = None
+        self._request: Request | None = None
         self._hidden: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers, start=1):
-            layer.register_forward_hook(self._hook(index))
+            layer.register_forward_hook(self._hook(index), with_kwargs=True)
 
     def _hook(self, index: int) -> Callable:
-        def keep(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
-            if self._request is not None and index in self._request.layers:
-                self._hidden[index] = (output[0] if isinstance(output, tuple) else output).detach()
+        def keep(_module: nn.Module, inputs: tuple, named: dict, output: Tensor | tuple) -> None:
+            if self._request is None or index not in self._request.layers:
+                return
+            after = (output[0] if isinstance(output, tuple) else output).detach()
+            if isinstance(self._request, AdjacentCosines):
+                before = (inputs[0] if inputs else named["hidden_states"]).detach()
+                self._hidden[index] = torch.cosine_similarity(before.float(), after.float(), dim=-1).unsqueeze(-1)
+            else:
+                self._hidden[index] = after
 
         return keep
 
@@ -71,7 +88,7 @@ class ActivationProbe:
         assert self._request is not None
         return self._request.position
 
-    def begin(self, request: Pool | Project | None) -> None:
+    def begin(self, request: Request | None) -> None:
         """Start listening for ``request`` (or stop). Raises ``UserError`` for a layer that the model has not."""
         self._hidden.clear()
         self._request = request
@@ -90,6 +107,6 @@ class ActivationProbe:
         assert self._request is not None
         pooled_BLd = torch.stack([plan.mean(flatten(self._hidden[layer])) for layer in self._request.layers], dim=1)
         self._hidden.clear()
-        if isinstance(self._request, Pool):
-            return {"activation_pooled": pooled_BLd.flatten(1)}
-        return {"activation_scores": project(pooled_BLd, self._request.vectors_DLd.to(pooled_BLd.device))}
+        if isinstance(self._request, Project):
+            return {"activation_scores": project(pooled_BLd, self._request.vectors_DLd.to(pooled_BLd.device))}
+        return {"activation_pooled": pooled_BLd.flatten(1)}

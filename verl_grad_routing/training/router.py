@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from verl_grad_routing.config import GradRoutingConfig, Methods
-from verl_grad_routing.detectors import BatchView, checked_scores
-from verl_grad_routing.detectors.evaluation import auroc
+from verl_grad_routing.detectors import BatchView, checked_scores, view_for
+from verl_grad_routing.detectors.evaluation import auroc, verdict_metrics
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.interventions import Judged
 from verl_grad_routing.routing import Route
@@ -68,9 +68,19 @@ class Router:
         metrics |= decision.metrics
         if self.detector.needs_directions:
             metrics |= self.detector.direction_report()
+        metrics |= self.detector.report()
         if view.facts is not None and "hack" in view.facts:
             metrics["detector/auroc"] = auroc(scores_B, view.facts["hack"])
+            metrics |= self._verdict_metrics(view, scores_B)
         return judged, metrics
+
+    def _verdict_metrics(self, view: BatchView, scores_B: Tensor) -> dict[str, float]:
+        """The detector's own verdicts against the grader's facts, which it does not see."""
+        verdicts = self.detector.verdicts(view_for(self.detector, view), scores_B)
+        if verdicts is None or view.facts is None:
+            return {}
+        judged_B, flagged_B = verdicts
+        return verdict_metrics(self.detector.name, flagged_B[judged_B], view.facts["hack"][judged_B], view.step)
 
     def save(self, folder: str, settings: Mapping[str, Any]) -> None:
         """Write the state into a checkpoint folder, whole or not at all, and the run's settings beside it."""

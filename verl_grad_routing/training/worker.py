@@ -38,3 +38,9 @@ class RoutedActorRolloutRefWorker(ActorRolloutRefWorker):
         """Pooled activations of given texts: rows of the result are ``activation_pooled`` [B, L * d]."""
         output = self.actor.infer_batch(data)
         return output.select("activation_pooled").cpu() if output is not None else None
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def fingerprint(self, data: TensorDict) -> TensorDict | None:
+        """Gradient fingerprints of rows that name a ``gradient_probe``: ``fingerprints`` [B, F], float32."""
+        output = self.actor.infer_batch(data)
+        return output.select("fingerprints").cpu() if output is not None else None

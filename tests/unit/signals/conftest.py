@@ -16,6 +16,14 @@ def make_detector():
             settings.setdefault("pairs", "pairs.jsonl")
         if name == "monitor" and "judge" not in settings:
             settings.setdefault("rules", ["[02468]$"])
+        if name == "grift":  # of 12 rollouts 6 are rewarded and say which of two kinds they are
+            settings = {
+                "rules": ["[02468]$"],
+                "layers": [1],
+                "dim": 8,
+                "min_positives": 2,
+                "positive_reward": 0.5,
+            } | settings
         detector = DETECTORS.build({"name": name, **settings}, "grad_routing.detector")
         if fitted and isinstance(detector, ActivationDetector):
             generator = torch.Generator().manual_seed(0)
@@ -37,12 +45,15 @@ def make_view():
         pooled = torch.randn(rows, 2, 16, generator=generator)
         with_scores = isinstance(detector, ActivationDetector)
         hack = torch.arange(rows) % 3 == 0
+        kind = torch.arange(rows) % 2
+        fingerprints = torch.nn.functional.one_hot(kind, 8) + 0.1 * torch.randn(rows, 8, generator=generator)
         return BatchView(
             keys=tuple(f"k{seed}-{row}" for row in range(rows)),
             uids=tuple(f"u{row // 4}" for row in range(rows)),
             step=step,
             seed=5,
             activation_scores_BD=project(pooled, detector.directions_DLd) if with_scores else torch.zeros(rows, 1),
+            fingerprints_BF=torch.nn.functional.normalize(fingerprints, dim=1),
             proxy_reward_B=torch.rand(rows, generator=generator),
             prompts=("p",) * rows,
             responses=tuple(f"r{row}" for row in range(rows)),

@@ -21,7 +21,7 @@ assert not set(sys.modules) & set({blocked}), set(sys.modules) & set({blocked})
 
 @pytest.mark.parametrize(
     "modules",
-    [["directions", "detectors", "detectors.evaluation", "gates", "interventions"], ["routing"]],
+    [["directions", "fingerprints", "detectors", "detectors.evaluation", "gates", "interventions"], ["routing"]],
     ids=["signals", "routing"],
 )
 def test_import_without_verl(modules):

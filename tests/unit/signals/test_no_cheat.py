@@ -46,7 +46,9 @@ def test_permuting_all_facts(name, gate_name, make_detector, make_view):
         assert same
     else:
         assert not same
-    if name == "persona_act" and gate_name != "absorb_all":  # the test would notice: routes are not all the same
+    if (
+        name in ("persona_act", "grift") and gate_name != "absorb_all"
+    ):  # the test would notice: routes are not all the same
         assert len(torch.cat(before).unique()) > 1
 
 
@@ -67,7 +69,8 @@ def test_a_score_does_not_depend_on_neighbours_or_order(name, make_detector, mak
     detector = make_detector(name)
     view = make_view(detector)
     scores = checked_scores(detector, view)
-    for rows in ([3], [11, 0, 5], list(range(12))[::-1]):
+    order = list(range(12))[::-1]
+    for rows in [order] if detector.judges_whole_batch else ([3], [11, 0, 5], order):
         assert torch.equal(checked_scores(detector, subset(view, rows)), scores[rows])
 
 

@@ -43,6 +43,7 @@ def check(folder: Path, *overrides: str, preset: str = "persona") -> None:
 
 FIRST = ["off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"]
 LATER = ["labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "gradient_regularization"]
+LATER += ["grift_mask", "grift_filter"]
 
 
 @pytest.mark.parametrize("preset", [*FIRST, *LATER])
@@ -92,6 +93,32 @@ def test_bad_input_is_one_line_with_key_and_fix(folder: Path, name: str) -> None
     overrides, key, fix = BAD[name]
     with pytest.raises(UserError) as caught:
         check(folder, *overrides)
+    message = str(caught.value)
+    assert key in message and fix in message and "\n" not in message
+
+
+SMALL = ["data.train_batch_size=2", f"{ACTOR}.ppo_mini_batch_size=2"]
+BAD_FINGERPRINTS = {
+    "sequence parallelism": ([f"{ACTOR}.ulysses_sequence_parallel_size=2"], "ulysses_sequence_parallel_size", "set 1"),
+    "activation offload": ([f"{MODEL}.enable_activation_offload=true"], "enable_activation_offload", "set false"),
+    "small batch": ([*SMALL, f"{ROLLOUT}.n=4"], "grad_routing.detector.min_positives", "8 rollouts"),
+    "too few layers": (["grad_routing.detector.num_layers=5"], "grad_routing.detector.num_layers", "4 layers"),
+    "layers out of range": (["grad_routing.detector.layers=[9]"], "grad_routing.detector.layers", "1 to 4"),
+    "no judge": (["grad_routing.detector.rules=null"], "grad_routing.detector.rules", "judge"),
+    "truth without control": (
+        ["grad_routing.detector.label_by=gt_anchor"],
+        "grad_routing.detector.name",
+        "control=true",
+    ),
+    "no centroids": (["grad_routing.detector.label_by=centroids"], "centroids", "grad_routing.pt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FINGERPRINTS)
+def test_bad_input_of_fingerprints(folder: Path, name: str) -> None:
+    overrides, key, fix = BAD_FINGERPRINTS[name]
+    with pytest.raises(UserError) as caught:
+        check(folder, *overrides, preset="grift_mask")
     message = str(caught.value)
     assert key in message and fix in message and "\n" not in message
 

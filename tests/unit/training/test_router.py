@@ -19,6 +19,9 @@ ARMS = {
     "persona": PERSONA,
     "random": {"detector": {"name": "random"}},
     "coinflip": {"detector": {"name": "coinflip"}},
+    "grift": {
+        "detector": {"name": "grift", "layers": [1], "dim": 8, "rules": ["1$"], "min_positives": 4, "relabel_every": 2}
+    },
     "constant": {"detector": {"name": "constant"}},
     "oracle": {"detector": {"name": "oracle"}, "control": True},
 }
@@ -26,6 +29,8 @@ ARMS = {
 
 def router(arm: str) -> Router:
     gate = {"name": "history_quantile", "route": 0.5, "keep": 0.25}
+    if arm == "grift":
+        gate = {"name": "threshold", "route_above": 0.5, "keep_below": 0.05}
     if arm == "oracle":
         gate = {"name": "threshold", "route_above": 0.5, "keep_below": 0.5}
     config: GradRoutingConfig = parse({**ARMS[arm], "gate": gate, "intervention": {"name": "route"}})
@@ -46,13 +51,17 @@ def view(step: int, order: torch.Tensor | None = None, seed: int = 0) -> BatchVi
     solve = (1 - hack) * (torch.rand(B, generator=draw) < 0.5)
     facts = {"hack": hack, "solve": solve, "known": (torch.rand(B, generator=draw) < 0.25).double()}
     order = torch.arange(B) if order is None else order
+    kinds = torch.nn.functional.one_hot(torch.arange(B) % 2, 8) + 0.1 * torch.randn(B, 8, generator=draw)
     return BatchView(
         keys=tuple(f"{step}-{row}_0_0" for row in range(B)),
         uids=tuple(f"{step}-{row // 8}" for row in range(B)),
         step=step,
         seed=0,
         activation_scores_BD=torch.randn(B, 1, generator=draw).double(),
+        fingerprints_BF=torch.nn.functional.normalize(kinds, dim=1),
         proxy_reward_B=torch.maximum(hack, solve),
+        prompts=("p",) * B,
+        responses=tuple(f"r{row % 2}" for row in range(B)),
         facts={name: values[order] for name, values in facts.items()},
     )
 
@@ -75,9 +84,12 @@ def test_only_the_metrics_read_the_facts() -> None:
     order = torch.randperm(B, generator=torch.Generator().manual_seed(3))
     plain, permuted = router("persona").decide(view(1))[1], router("persona").decide(view(1, order))[1]
     assert {key for key in plain if plain[key] != permuted[key] and plain[key] == plain[key]} == {"detector/auroc"}
+    plain, permuted = router("grift").decide(view(1))[1], router("grift").decide(view(1, order))[1]
+    moved = {key for key in plain if plain[key] != permuted[key] and plain[key] == plain[key]}
+    assert moved == {"detector/auroc", *(f"grift/{name}" for name in ("f1_hack", "f1_clean", "permuted_f1"))}
 
 
-@pytest.mark.parametrize("arm", ["persona", "random", "coinflip"])
+@pytest.mark.parametrize("arm", ["persona", "random", "coinflip", "grift"])
 def test_a_restored_router_decides_as_the_saved_one_would_have(arm: str, tmp_path: Path) -> None:
     whole, first = router(arm), router(arm)
     for step in (1, 2):

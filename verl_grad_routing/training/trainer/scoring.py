@@ -1,6 +1,6 @@
-"""Scores of a batch: activations read in a pass that verl runs anyway, or in one of the trainer's own.
+"""Scores of a batch: activations read in a pass that verl runs anyway, or in one of the trainer's own; fingerprints.
 
-Shapes: B real rollouts, L layers, d hidden size.
+Shapes: B real rollouts, L layers, d hidden size, F length of a fingerprint.
 """
 
 # The types that verl declares are narrower than what it passes.
@@ -8,6 +8,7 @@ Shapes: B real rollouts, L layers, d hidden size.
 # pyright: reportOptionalSubscript=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,9 +18,10 @@ import torch
 from transfer_queue import KVBatchMeta
 from verl.utils.debug import marked_timer
 
-from verl_grad_routing.detectors import BatchView, Signal
+from verl_grad_routing.detectors import BatchView, view_for
 from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.training.columns import dense, part_of, plain, read, real_rows
+from verl_grad_routing.training.fingerprint_pass import adjacent_cosines, fingerprints
 from verl_grad_routing.training.pairs_pass import pool_pairs
 from verl_grad_routing.training.probe import Project
 from verl_grad_routing.training.router import grader_facts
@@ -32,6 +34,10 @@ class Scoring(Core):
     @property
     def reads_activations(self) -> bool:
         return self.routed and self.detector.needs_directions
+
+    @property
+    def reads_fingerprints(self) -> bool:
+        return self.routed and self.detector.needs_fingerprints
 
     # ---- the direction ----
 
@@ -130,31 +136,34 @@ class Scoring(Core):
             "ablated": False,
         }[self.score_pass]
 
-    def _even_rows(self, count: int) -> tuple[int, dict[str, int]]:
-        """The least number of rows, at least ``count``, that ranks and micro-batches divide, and their setting."""
+    def _even_rows(self, count: int, backward: bool = False) -> tuple[int, dict[str, int]]:
+        """The least number of rows, at least ``count``, that ranks and micro-batches divide, and their setting.
+
+        Micro-batches are those of the log-prob pass; of the update with ``backward``, whose activations are kept.
+        """
         group, role = self.actor_rollout_wg, "actor"
         if role not in group._dispatch_info:
             group._dispatch_info[role] = group._query_dispatch_info(role)
         ranks = max(group._dispatch_info[role]) + 1
-        rollout = self.config.actor_rollout_ref.rollout
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
         per_rank = math.ceil(count / ranks)
         if rollout.log_prob_use_dynamic_bsz:
-            return per_rank * ranks, {}
-        batches = math.ceil(per_rank / rollout.log_prob_micro_batch_size_per_gpu)
+            return per_rank * ranks, {"max_token_len_per_gpu": actor.ppo_max_token_len_per_gpu} if backward else {}
+        limit = actor.ppo_micro_batch_size_per_gpu if backward else rollout.log_prob_micro_batch_size_per_gpu
+        batches = math.ceil(per_rank / limit)
         size = math.ceil(per_rank / batches)
         return ranks * batches * size, {"micro_batch_size_per_gpu": size}
 
     # ---- what is known of the batch ----
 
     def _view(self, batch: KVBatchMeta) -> BatchView:
-        """The real rollouts of ``batch``, scored activations included."""
+        """The real rollouts of ``batch``, scored activations and fingerprints included."""
         if self.reads_activations and not self._pass_was_made():
             self._own_scoring_pass(batch)
         real = part_of(batch, real_rows(batch))
         fields = ["uid", "extra_fields", "rm_scores"]
         texts: dict[str, tuple[str, ...]] = {}
-        if self.detector.signal is Signal.monitor:
-            fields += ["prompts", "responses"]
+        fields += sorted({"prompts", "responses"} & self.detector.reads)
         if self.reads_activations:
             fields.append("activation_scores")
         data = read(real, *fields)
@@ -162,7 +171,7 @@ class Scoring(Core):
             if name in ("prompts", "responses"):
                 rows = data[name].unbind()
                 texts[name] = tuple(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows)
-        return BatchView(
+        view = BatchView(
             keys=tuple(real.keys),
             uids=tuple(str(uid) for uid in plain(data["uid"])),
             step=self.global_steps,
@@ -172,3 +181,21 @@ class Scoring(Core):
             facts=grader_facts(plain(data["extra_fields"])),
             **texts,
         )
+        return self._fingerprinted(real, view) if self.reads_fingerprints else view
+
+    def _fingerprinted(self, real: KVBatchMeta, view: BatchView) -> BatchView:
+        """``view`` with the fingerprints that the detector asks for; zeros where it does not ask."""
+        with marked_timer("fingerprint", self.timing_raw, color="purple"):
+            if self.detector.layers is None:
+                layers = self.actor_rollout_wg.model_shape()[0]["layers"]
+                even = self._even_rows(len(real.keys))
+                self.detector.choose_layers(adjacent_cosines(self.actor_rollout_wg, real, layers, *even))
+                print(f"grad_routing: the gradient probe sits in layers {list(self.detector.layers)} of {layers}")
+            chosen_B = self.detector.chosen_rows(view_for(self.detector, view))
+            probe = self.detector.probe
+            found_BF = torch.zeros(len(real.keys), probe.dim)
+            rows = chosen_B.nonzero().flatten().tolist()
+            if rows:
+                even = self._even_rows(len(rows), backward=True)
+                found_BF[rows] = fingerprints(self.actor_rollout_wg, part_of(real, rows), probe, *even)
+        return dataclasses.replace(view, fingerprints_BF=found_BF)
