@@ -239,7 +239,7 @@ def drift(
 
 @app.command()
 def demo(to: To = Path("demo")) -> None:
-    """Prepare a small environment, train it unrouted and routed, and compare; about twenty minutes on two cores."""
+    """Prepare a small environment, train it unrouted and routed, and compare; made for two cores."""
     from verl_grad_routing.compare.demo import run_demo
 
     run_demo(to)

@@ -79,8 +79,10 @@ def load_basis(path: Path, rank: int | None = None) -> Basis:
     """Read ``save_basis``, the first ``rank`` directions of each matrix (all of them by default).
 
     Raises:
-        UserError: No such file, another kind of file, or fewer directions than asked for.
+        UserError: No such file, another kind of file, fewer directions than asked for, or none asked for.
     """
+    if rank is not None and rank < 1:
+        raise UserError("rank", rank, "ask for at least 1 direction")
     if not path.is_file():
         raise UserError("basis", str(path), "no such file; make one: vgr warm-up MODEL --pairs FILE --to FILE")
     try:

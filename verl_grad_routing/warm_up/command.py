@@ -66,6 +66,8 @@ class WarmUp:
                 raise UserError(f"--{key}", getattr(self, key), "give at least 1")
         if not self.lr > 0:
             raise UserError("--lr", self.lr, "give a positive learning rate")
+        if self.batch_size is not None and (self.batch_size < 1 or self.batch_size % self.ranks):
+            raise UserError("--batch-size", self.batch_size, f"give a positive multiple of --ranks ({self.ranks})")
 
     @property
     def rows(self) -> int:
@@ -73,6 +75,8 @@ class WarmUp:
         if self.batch_size is not None:
             return self.batch_size
         count = len(load_pairs(self.pairs)) if self.pairs is not None else 32
+        if count < self.ranks:
+            raise UserError("--ranks", self.ranks, f"there are {count} pairs, and each rank needs one; use fewer ranks")
         return count - count % self.ranks
 
     @property

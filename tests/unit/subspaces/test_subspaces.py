@@ -127,6 +127,8 @@ class TestFile:
         save_basis(basis(), tmp_path / "basis.safetensors")
         with pytest.raises(UserError, match=r"rank.*4.*holds 3 directions"):
             load_basis(tmp_path / "basis.safetensors", rank=4)
+        with pytest.raises(UserError, match=r"rank.*at least 1 direction"):
+            load_basis(tmp_path / "basis.safetensors", rank=0)
 
     @pytest.mark.parametrize("content", [None, b"nonsense"])
     def test_no_basis(self, content: bytes | None, tmp_path: Path):

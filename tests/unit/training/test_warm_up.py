@@ -81,11 +81,19 @@ def test_a_step_holds_all_pairs_unless_told(pairs: str, model: Path) -> None:
         ({"data": Path("nowhere.parquet")}, "--data"),
         ({"pairs": "p", "rank": 0}, "--rank"),
         ({"pairs": "p", "lr": 0.0}, "--lr"),
+        ({"pairs": "p", "batch_size": 0}, "--batch-size"),
+        ({"pairs": "p", "batch_size": 3, "ranks": 2}, "--batch-size"),
     ],
 )
 def test_bad_settings(settings: dict, named: str, model: Path) -> None:
     with pytest.raises(UserError, match=named):
         WarmUp(model, **settings)
+
+
+def test_every_rank_needs_a_pair(pairs: str, model: Path) -> None:
+    assert WarmUp(model, pairs=pairs, ranks=2).rows == 2
+    with pytest.raises(UserError, match=r"--ranks.*2 pairs"):
+        _ = WarmUp(model, pairs=pairs, ranks=3).rows
 
 
 def test_a_model_must_be_a_folder() -> None:
