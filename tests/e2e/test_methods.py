@@ -66,7 +66,9 @@ def test_updates_stay_in_the_warm_ups_directions(environment: Path, train: Train
 @pytest.mark.parametrize("preset", ["advantage_modification", "monitor_penalty"])
 def test_modified_rewards(preset: str, train: Train) -> None:
     run = train(preset, STEPS, *SMALL, *([RULES] if preset == "monitor_penalty" else []))
-    assert all(change < 0 for change in finite(run, "intervention/reward_change"))
+    changes = finite(run, "intervention/reward_change")
+    assert max(changes) <= 0  # none where whatever is flagged had no reward
+    assert min(changes) < 0
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from verl_grad_routing.errors import UserError
 
 ENVIRONMENT = "loopholes"
 PRESETS = ("off", "persona")
-VALIDATIONS = 5  # beside the one before training
+VALIDATIONS = 2  # half-way and at the end, beside the one before training
 
 
 def run_demo(to: Path | str, steps: int = 50, seed: int = 0, limit_s: float = 1200.0) -> list[Run]:
