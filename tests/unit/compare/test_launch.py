@@ -49,6 +49,7 @@ TRAINER = """
             time.sleep(0.1)
             if mode == "fail" and step == 2:
                 print("(TaskRunnerV1 pid=7) ValueError: seen by an actor")
+                time.sleep(2)  # what is mapped is looked up from time to time, and this run is short
                 raise RuntimeError("out of luck")
             if mode == "hang" and step == 2:
                 time.sleep(600)

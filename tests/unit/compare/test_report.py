@@ -144,7 +144,7 @@ def test_demo_trains_both_arms_alike_and_tells_when_nothing_was_learned(
     out = capsys.readouterr().out
     for words in ("0.05 [0.03, 0.08]", "wildcard (unknown)", "report.html", "GiB", "it learned to hack"):
         assert words in out, words
-    assert calls[0][2] == calls[1][2] and "data.seed=4" in calls[0][2] and "trainer.test_freq=2" in calls[0][2]
+    assert calls[0][2] == calls[1][2] and "data.seed=4" in calls[0][2] and "trainer.test_freq=5" in calls[0][2]
     assert calls[0][3] == [tmp_path / "demo" / "environment" / "manifest.json"]
 
     ready["off"] = make_run("flat", "off", end=8)
