@@ -42,12 +42,14 @@ FAST := "not e2e and not slow and not gpu"
 E2E := "e2e and not slow and not gpu"
 SLOW := "slow and not gpu"
 
-# Lint, the fast tests on two cores, then whole runs one by one; all of it runs, and any one failing fails the target.
+# Lint, the fast tests on two cores, then whole runs in two lanes (see tests/e2e/conftest.py), slow ones one by one; all
+# of it runs, and any one failing fails the target.
 # On CI a test that failed is asked once more, alone: a machine in trouble is told from a defect, and both are printed.
 define run-tests
 @lint=0 status=0
 $(MAKE) --no-print-directory lint || lint=1
 $(BIN)/pytest tests -m $(FAST) -n 2 --dist loadscope --cache-clear $(PYTEST_FLAGS) || status=1
+$(BIN)/pytest tests -m $(E2E) -n 2 --dist loadgroup $(PYTEST_FLAGS) || status=1
 for marks in $(1); do $(BIN)/pytest tests -m "$$marks" $(PYTEST_FLAGS) || status=1; done
 if [ $$status = 1 ] && [ -n "$${CI:-}" ]; then
 	echo "FAILED ONCE: asked again, alone; what passes now is unsteady, see above"
@@ -59,10 +61,10 @@ exit $$((lint + status))
 endef
 
 test: $(STAMP)
-	$(call run-tests,$(E2E))
+	$(call run-tests,)
 
 test-all: $(STAMP)
-	$(call run-tests,$(E2E) $(SLOW))
+	$(call run-tests,$(SLOW))
 
 docs: $(STAMP)
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html

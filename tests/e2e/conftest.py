@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Callable
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +18,7 @@ import pytest
 import torch
 
 from tests.e2e.processes import running, wait_for
+from verl_grad_routing.compare.cells import on_cluster
 from verl_grad_routing.compare.demo import demo_overrides
 from verl_grad_routing.compare.launch import launch
 from verl_grad_routing.compare.runs import Run
@@ -53,23 +60,67 @@ class RecipeRun:
 def environment() -> Path:
     """The embedded environment, built once on this machine (about a minute) and kept in the working tree's cache."""
     folder = Path(os.environ.get("VGR_TEST_ENVIRONMENT", ROOT / ".cache" / "loopholes"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    prepare_environment("loopholes", folder)
+    with folder.with_suffix(".lock").open("w") as lock:  # the other lane waits for it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        prepare_environment("loopholes", folder)
     torch.set_num_threads(threads)
     return folder
 
 
 @pytest.fixture(scope="session")
-def train(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Ray for all runs of one lane, see ``lane``; its first job is taken."""
+    folder, scratch = tmp_path_factory.mktemp("ray"), tempfile.mkdtemp(prefix="vgr-", dir="/tmp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "verl_grad_routing.compare.supervisor", folder / "processes.json", scratch, "10"]
+    command += [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command += [f"--port={port}", f"--temp-dir={scratch}", "--num-cpus=32", "--num-gpus=1"]
+    command += ["--object-store-memory=1000000000", "--include-dashboard=false", "--disable-usage-stats"]
+    address = f"127.0.0.1:{port}"
+    connect = [sys.executable, "-c", f"import ray; ray.init(address={address!r}, log_to_driver=False)"]
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + 120
+            while subprocess.run(connect, stdout=log, stderr=log, timeout=100, check=False).returncode != 0:
+                assert process.poll() is None and time.monotonic() < end, (folder / "log.txt").read_text()[-2000:]
+            yield address
+        finally:
+            process.stdin.close()  # ends Ray and whatever runs on it
+            process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def train(environment: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Train a preset on the environment: ``train(preset, steps, *overrides, name=...)``."""
     folder = tmp_path_factory.mktemp("runs")
 
     def one(preset: str, steps: int, *overrides: str, name: str | None = None, limit_s: float = LIMIT_S) -> Run:
-        given = demo_overrides(environment, steps, seed=0)
-        return launch(preset, folder / (name or preset), [*given, *overrides], limit_s)
+        given, to = demo_overrides(environment, steps, seed=0), folder / (name or preset)
+        return launch(preset, to, [*given, *overrides], limit_s, places=on_cluster(cluster, to))
 
     return one
+
+
+def lane(item: pytest.Item) -> str:
+    """Two lanes run side by side: runs on one Ray, one after the other, and runs that are killed with their own Ray.
+
+    verl's socket for weights is named after the Ray job, so two runs at once must differ in its number.
+    """
+    return "cluster" if "cluster" in item.fixturenames else "own Ray"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every whole run its lane, for ``pytest -n 2 --dist loadgroup``."""
+    for item in items:
+        if item.get_closest_marker("e2e"):
+            item.add_marker(pytest.mark.xdist_group(lane(item)))
 
 
 @pytest.fixture(scope="session")

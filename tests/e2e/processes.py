@@ -17,13 +17,16 @@ import psutil
 MAIN = (sys.executable, "-m", "verl.trainer.main_ppo")
 
 
+OWN_RAY = "++ray_kwargs.ray_init.address=local"
+
+
 def start(folder: Path, arguments: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
-    """``main_ppo`` in a session of its own, metrics and log in ``folder``."""
+    """``main_ppo`` in a session of its own and with a Ray of its own, metrics and log in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     own = {"VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"), "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
     with (folder / "log.txt").open("wb") as log:
         return subprocess.Popen(
-            [*MAIN, *arguments, "trainer.logger=[console,file]", f"hydra.run.dir={folder / 'hydra'}"],
+            [*MAIN, OWN_RAY, *arguments, "trainer.logger=[console,file]", f"hydra.run.dir={folder / 'hydra'}"],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | own | (environment or {}),

@@ -18,14 +18,22 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1000)]
 BLOCKS = {"deployed": "val/deployed", "both": "val"}
 
 
+@pytest.fixture(scope="module")
+def folders(recipe_run: RecipeRun, tmp_path_factory) -> dict[str, Path]:
+    """Blocks to the adapter exported with them."""
+    into = tmp_path_factory.mktemp("export")
+    for blocks in BLOCKS:
+        export(recipe_run.checkpoint, into / blocks, "peft", blocks)
+    return {blocks: into / blocks for blocks in BLOCKS}
+
+
 @pytest.fixture(scope="module", params=list(BLOCKS))
-def exported(request, recipe_run: RecipeRun, environment: Path, tmp_path_factory):
+def exported(request, folders, recipe_run: RecipeRun, environment: Path):
     """(adapter folder, PEFT model, validation samples that the run's vLLM gave with these blocks)."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("export") / request.param
-    export(recipe_run.checkpoint, folder, "peft", request.param)
+    folder = folders[request.param]
     base = AutoModelForCausalLM.from_pretrained(environment / "model", dtype=torch.float32)
     model = PeftModel.from_pretrained(base, folder).eval()
     lines = (recipe_run.folder / BLOCKS[request.param] / "4.jsonl").read_text().splitlines()
@@ -63,19 +71,28 @@ def test_as_trained_and_as_deployed_answer_differently(recipe_run: RecipeRun) ->
     assert sum(trained[prompt] != deployed[prompt] for prompt in trained) >= 0.2 * len(trained)
 
 
-def test_vllm_and_transformers_agree_on_the_exported_adapter(exported, tokenizer, environment, tmp_path) -> None:
-    folder, model, samples = exported
-    prompts = [tokenizer(s["input"], add_special_tokens=False)["input_ids"] for s in samples[:32]]
+@pytest.fixture(scope="module")
+def from_vllm(folders, recipe_run: RecipeRun, tokenizer, environment: Path, tmp_path_factory):
+    """(prompts as tokens, adapter folder to vLLM's greedy answers to them with their log-probs)."""
+    lines = (recipe_run.folder / "val" / "4.jsonl").read_text().splitlines()[:32]
+    prompts = [tokenizer(json.loads(line)["input"], add_special_tokens=False)["input_ids"] for line in lines]
+    script, out = ROOT / "tests/e2e/modules/vllm_log_probs.py", tmp_path_factory.mktemp("vllm") / "out.json"
     subprocess.run(
-        [sys.executable, ROOT / "tests/e2e/modules/vllm_log_probs.py", environment / "model", folder, tmp_path / "out"],
+        [sys.executable, script, environment / "model", out, *folders.values()],
         input="\n".join(map(json.dumps, prompts)),
         text=True,
         check=True,
-        timeout=300,
+        timeout=400,
     )
-    for prompt, theirs in zip(prompts, json.loads((tmp_path / "out").read_text()), strict=True):
+    return prompts, json.loads(out.read_text())
+
+
+def test_vllm_and_transformers_agree_on_the_exported_adapter(exported, from_vllm) -> None:
+    folder, model, _ = exported
+    prompts, answers = from_vllm
+    for prompt, theirs in zip(prompts, answers[str(folder)], strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + theirs["tokens"]])).logits[0]
-        answers = torch.tensor(theirs["tokens"]).unsqueeze(1)
-        ours = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, answers).squeeze(1)
+        tokens = torch.tensor(theirs["tokens"]).unsqueeze(1)
+        ours = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, tokens).squeeze(1)
         assert (ours - torch.tensor(theirs["log_probs"])).abs().max() < 1e-3

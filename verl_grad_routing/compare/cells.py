@@ -135,12 +135,15 @@ def _cell(grid: Grid, built: Built, arm: Arm, seed: int, out: Path) -> Cell:
     )
     places = [f"grad_routing.environment.dir={quoted(str(built.folder))}"]
     if grid.ray_address is not None:
-        places += _cluster(grid.ray_address, folder)
+        places += on_cluster(grid.ray_address, folder)
     return Cell(arm, place.name, place.split, seed, folder, overrides, tuple(places), built.manifest, validate_every)
 
 
-def _cluster(address: str, folder: Path) -> list[str]:
-    """A running cluster in place of the run's own Ray: it has its own sizes, folder and processes' environment."""
+def on_cluster(address: str, folder: Path) -> list[str]:
+    """Overrides for a run in ``folder`` on the running Ray cluster at ``address``, in place of a Ray of its own.
+
+    The cluster has its own sizes, temporary folder and environment of processes.
+    """
     logger = f"{RAY}.runtime_env.env_vars.VERL_FILE_LOGGER_PATH={quoted(str(folder / METRICS))}"
     own = [f"{RAY}.{key}=null" for key in ("_temp_dir", "num_cpus", "num_gpus")]
     return [f"{RAY}.address={quoted(address)}", *own, logger]

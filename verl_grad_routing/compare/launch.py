@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -164,7 +165,9 @@ def _scratch() -> Path:
 def _run(
     name: str, command: list[str], folder: Path, scratch: Path, limit_s: float, stop: threading.Event, bar: bool
 ) -> None:
-    environment = os.environ | {
+    # what torch compiles for this machine outlives the run: it would cost each one half a minute
+    kept = {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")}
+    environment = {**kept, **os.environ} | {
         "VERL_FILE_LOGGER_PATH": str(folder / METRICS),
         "TMPDIR": str(scratch),
         "HYDRA_FULL_ERROR": "1",

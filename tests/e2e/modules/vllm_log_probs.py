@@ -1,4 +1,4 @@
-"""Greedy answers and their log-probs under an adapter, by vLLM in a process of its own: MODEL ADAPTER OUT.json."""
+"""Greedy answers and their log-probs under adapters, by vLLM in a process of its own: MODEL OUT.json ADAPTER..."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def main(model: str, adapter: str, out: str) -> None:
+def main(model: str, out: str, *adapters: str) -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -21,17 +21,19 @@ def main(model: str, adapter: str, out: str) -> None:
         max_model_len=32,
         gpu_memory_utilization=0.2,
     )
-    outputs = engine.generate(
-        [{"prompt_token_ids": ids} for ids in prompts],
-        SamplingParams(max_tokens=7, temperature=0.0, logprobs=0),
-        lora_request=LoRARequest("routed", 1, adapter),
-    )
-    rows = []
-    for output in outputs:
-        tokens = list(output.outputs[0].token_ids)
-        entries = zip(tokens, output.outputs[0].logprobs, strict=True)
-        rows.append({"tokens": tokens, "log_probs": [entry[token].logprob for token, entry in entries]})
-    Path(out).write_text(json.dumps(rows))
+    sampling = SamplingParams(max_tokens=7, temperature=0.0, logprobs=0)
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
+    found = {}
+    for number, adapter in enumerate(adapters, start=1):
+        outputs = engine.generate(requests, sampling, lora_request=LoRARequest(f"routed-{number}", number, adapter))
+        found[adapter] = [_row(output.outputs[0]) for output in outputs]
+    Path(out).write_text(json.dumps(found))
+
+
+def _row(answer) -> dict:
+    tokens = list(answer.token_ids)
+    entries = zip(tokens, answer.logprobs, strict=True)
+    return {"tokens": tokens, "log_probs": [entry[token].logprob for token, entry in entries]}
 
 
 if __name__ == "__main__":
