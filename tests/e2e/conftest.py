@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +13,7 @@ import pytest
 import torch
 
 from tests.e2e.processes import running, wait_for
+from tests.e2e.ray_cluster import ray_cluster
 from verl_grad_routing.compare.cells import on_cluster
 from verl_grad_routing.compare.demo import demo_overrides
 from verl_grad_routing.compare.launch import launch
@@ -72,27 +68,9 @@ def environment() -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Ray for all runs of one lane, see ``lane``; its first job is taken."""
-    folder, scratch = tmp_path_factory.mktemp("ray"), tempfile.mkdtemp(prefix="vgr-", dir="/tmp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "verl_grad_routing.compare.supervisor", folder / "processes.json", scratch, "10"]
-    command += [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-    command += [f"--port={port}", f"--temp-dir={scratch}", "--num-cpus=32", "--num-gpus=1"]
-    command += ["--object-store-memory=1000000000", "--include-dashboard=false", "--disable-usage-stats"]
-    address = f"127.0.0.1:{port}"
-    connect = [sys.executable, "-c", f"import ray; ray.init(address={address!r}, log_to_driver=False)"]
-    with (folder / "log.txt").open("wb") as log:
-        process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=log, stderr=log)
-        try:
-            end = time.monotonic() + 120
-            while subprocess.run(connect, stdout=log, stderr=log, timeout=100, check=False).returncode != 0:
-                assert process.poll() is None and time.monotonic() < end, (folder / "log.txt").read_text()[-2000:]
-            yield address
-        finally:
-            process.stdin.close()  # ends Ray and whatever runs on it
-            process.wait(60)
+    """The address of a Ray for all runs of one lane, see ``lane``."""
+    with ray_cluster(tmp_path_factory.mktemp("ray")) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
