@@ -1,0 +1,48 @@
+"""Everything about a configuration that can be known to fail before Ray starts, each as one line.
+
+The configuration is verl's whole tree as a plain mapping. Checks are small functions in ``CHECKS``; each raises
+``UserError`` and knows one rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.training.checks import methods, model, start
+from verl_grad_routing.training.checks.run import MISSING, Run, get
+
+__all__ = ["CHECKS", "check"]
+
+CHECKS: tuple[Callable[[Run], None], ...] = (
+    start.mandatory_values,
+    start.trainer_mode,
+    model.strategies,
+    model.ranks,
+    model.adapter,
+    model.merge,
+    methods.passes,
+    start.files,
+    methods.pairs,
+    methods.groups,
+    methods.fingerprints,
+    methods.schedules,
+    methods.hooks,
+    methods.layers,
+    start.replay,
+    start.versions,
+    start.machine,
+    start.registrations,
+)
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Run every check on verl's configuration as a plain mapping. Raises ``UserError``."""
+    if MISSING in (get(config, "grad_routing.detector.pairs"),):
+        raise UserError(
+            "grad_routing.detector.pairs", MISSING, "give path.jsonl[@tag,tag] or path.md#section[@tag,tag]"
+        )
+    run = Run(config)
+    for one in CHECKS:
+        one(run)

@@ -1,0 +1,79 @@
+"""What detector, gate, intervention and hooks ask of the rest of the configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from verl_grad_routing.directions import load_pairs
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.training.checks.run import Run, get
+
+
+def passes(run: Run) -> None:
+    bypass = run.get("algorithm.rollout_correction.bypass_mode", False)
+    if bypass and run.reads_activations:
+        kl = run.get("actor_rollout_ref.actor.use_kl_loss") or run.get("algorithm.use_kl_in_reward")
+        wanted = run.methods.detector.resolve_score_pass(bool(kl))
+        if wanted == "policy":
+            fix = "bypass mode skips the log-prob pass that the detector reads; set false, or score_pass=ablated"
+            raise UserError("algorithm.rollout_correction.bypass_mode", True, fix)
+
+
+def pairs(run: Run) -> None:
+    detector = run.methods.detector
+    if getattr(detector, "needs_pairs", False) and run.routed:
+        load_pairs(detector.config.pairs)
+    if getattr(run.methods.gate, "needs_pair_means", False) and not getattr(detector, "needs_pairs", False):
+        fix = "this gate needs a detector with contrastive pairs"
+        raise UserError("grad_routing.gate.name", run.settings.gate["name"], fix)
+
+
+def groups(run: Run) -> None:
+    samples = run.get("actor_rollout_ref.rollout.n", 1)
+    if run.routed and run.methods.intervention.needs_groups and samples < 2:
+        fix = f"{run.settings.intervention['name']} compares the rollouts of a prompt; set at least 2"
+        raise UserError("actor_rollout_ref.rollout.n", samples, fix)
+
+
+def fingerprints(run: Run) -> None:
+    """What the pass that takes gradient fingerprints cannot do, and a batch too small to be judged in any step."""
+    if not run.reads_fingerprints:
+        return
+    sequence = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
+    for key, plain in ((sequence, 1), ("actor_rollout_ref.model.enable_activation_offload", False)):
+        value = run.get(key, plain)
+        if value != plain:
+            raise UserError(key, value, f"set {str(plain).lower()}: gradient fingerprints need it")
+    needed = getattr(run.methods.detector.config, "min_positives", 0)
+    rollouts = run.get("data.train_batch_size") * run.get("actor_rollout_ref.rollout.n", 1)
+    if rollouts < needed:
+        fix = f"a step has {rollouts} rollouts, so the detector would always abstain; give at most that"
+        raise UserError("grad_routing.detector.min_positives", needed, fix)
+
+
+def schedules(run: Run) -> None:
+    """A head start in which the gate flags nothing is none."""
+    head_start = getattr(run.methods.intervention.config, "head_start_steps", 0)
+    warmup = getattr(run.methods.gate.config, "warmup_steps", 0)
+    if 0 < head_start <= warmup:
+        fix = f"give more steps than the gate's warm-up, in which nothing is flagged (gate.warmup_steps={warmup})"
+        raise UserError("grad_routing.intervention.head_start_steps", head_start, fix)
+
+
+def hooks(run: Run) -> None:
+    from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
+
+    model = str(run.get("actor_rollout_ref.model.path"))
+    for settings in run.settings.blocks.hooks:
+        ENGINE_HOOKS.build(settings, "grad_routing.blocks.hooks").check(model)
+
+
+def layers(run: Run) -> None:
+    path = Path(str(run.get("actor_rollout_ref.model.path"))).expanduser() / "config.json"
+    if not ((run.reads_activations or run.reads_fingerprints) and path.is_file()):
+        return
+    shape = json.loads(path.read_text())
+    count = shape.get("num_hidden_layers", get(shape, "text_config.num_hidden_layers"))
+    if count is not None:
+        run.methods.detector.resolve_layers(count)
