@@ -101,6 +101,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(lane(item)))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Lanes hold only where pytest-xdist can name them; without, runs side by side take each other's sockets."""
+    if not session.config.getoption("loadgroup", False):
+        return
+    for item in session.items:
+        if item.get_closest_marker("e2e") and not item.nodeid.endswith(f"@{lane(item)}"):
+            pytest.exit("this pytest does not keep xdist's groups together: install constraints/cpu.txt", 3)
+
+
 @pytest.fixture(scope="session")
 def recipe_run(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> RecipeRun:
     """The run that several tests read; greedy validation at its end, as trained and as deployed."""

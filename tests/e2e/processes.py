@@ -26,7 +26,7 @@ def start(folder: Path, arguments: Sequence[str], environment: dict[str, str] | 
     own = {"VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"), "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
     with (folder / "log.txt").open("wb") as log:
         return subprocess.Popen(
-            [*MAIN, OWN_RAY, *arguments, "trainer.logger=[console,file]", f"hydra.run.dir={folder / 'hydra'}"],
+            [*MAIN, *arguments, OWN_RAY, "trainer.logger=[console,file]", f"hydra.run.dir={folder / 'hydra'}"],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | own | (environment or {}),
