@@ -6,8 +6,8 @@ from pathlib import Path
 
 from verl_grad_routing.envs.base import ENVIRONMENTS, Environment, Verdict
 from verl_grad_routing.envs.loopholes.grader import grade
-from verl_grad_routing.envs.loopholes.settings import Settings
-from verl_grad_routing.envs.loopholes.text import LOOPHOLES
+from verl_grad_routing.envs.loopholes.settings import LOOPHOLES, Settings
+from verl_grad_routing.envs.loopholes.text import LoopholesWorld
 from verl_grad_routing.envs.manifest import Manifest
 
 
@@ -33,9 +33,9 @@ class Loopholes(Environment):
         )
 
     def prepare(self, to: Path, *, force: bool = False) -> Manifest:
-        from verl_grad_routing.envs.loopholes.prepare import prepare_with
+        from verl_grad_routing.envs.chars.prepare import build
 
-        return prepare_with(self.config, to, force=force)
+        return build(LoopholesWorld(self.config), to, force=force)
 
     def grade(self, completion: str, ground_truth: str) -> Verdict:
         return grade(completion, ground_truth)
