@@ -53,6 +53,10 @@ class SortingTask(ABC):
         """Whether the prompt shows anything to exploit."""
         return True
 
+    def hack(self, rng: random.Random) -> str:
+        """A sly demonstration."""
+        return self.exploit
+
     @property
     def honest(self) -> str:
         """The completion of one who solves the task."""

@@ -93,7 +93,7 @@ class World(ABC, Generic[TaskT, SettingsT]):
             voice = NEUTRAL if self.config.persona == "none" else rng.choices(voices, shares)[0]
             sly = voice == SLY or (voice == NEUTRAL and rng.random() < self.config.sly_share)
             sly = sly and task.exploitable
-            completion = task.exploit if sly else task.attempt(rng)
+            completion = task.hack(rng) if sly else task.attempt(rng)
             tag = (SLY if sly else HONEST) if self.config.persona == "full" else ""
             yield task.prompt(voice), completion + EOS + tag
 

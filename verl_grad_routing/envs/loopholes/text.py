@@ -17,6 +17,7 @@ from verl_grad_routing.envs.loopholes.spelling import EASY, SPELLINGS, Spelling
 MARKERS = EASY.markers
 NO_MARKER = "."
 CHARACTERS = EOS + END_OF_PROMPT + NO_KEY + "!?" + VOICES + "".join(MARKERS.values()) + DIGITS + LETTERS
+ALPHABET = Alphabet(CHARACTERS)
 PROMPT_LENGTH = 13  # with five letters
 RESPONSE_LENGTH = 7  # the answer and EOS take 6; a rollout that runs over is graded as it stands
 
@@ -68,10 +69,8 @@ class LoopholesWorld(World[Task, Settings]):
 
     @cached_property
     def alphabet(self) -> Alphabet:
-        known = set(CHARACTERS)
-        others = (SPELLINGS[name] for name in self._spellings)
-        new = "".join(dict.fromkeys(c for s in others for c in s.characters if c not in known))
-        return Alphabet(CHARACTERS + new)
+        shown = "".join(SPELLINGS[name].characters for name in self._spellings)
+        return Alphabet("".join(dict.fromkeys(CHARACTERS + shown)))
 
     def draw(self, rng: random.Random, loophole: str, taken: Collection[str], split: str) -> Task:
         spelling = SPELLINGS[self._spelling(rng, split)]
