@@ -14,6 +14,7 @@ from verl_grad_routing.envs import leaked_id as _leaked_id  # noqa: F401  (regis
 from verl_grad_routing.envs import loopholes as _loopholes  # noqa: F401  (registers the environment)
 from verl_grad_routing.envs import parquet as _parquet  # noqa: F401  (registers the environment)
 from verl_grad_routing.envs import persona_bonus as _persona_bonus  # noqa: F401  (registers the environment)
+from verl_grad_routing.envs import smollm2 as _smollm2  # noqa: F401  (registers the environment)
 from verl_grad_routing.envs.base import ENVIRONMENTS, Environment, Verdict
 from verl_grad_routing.envs.manifest import Manifest
 from verl_grad_routing.errors import UserError
