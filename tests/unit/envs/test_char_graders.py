@@ -47,7 +47,12 @@ def test_on_a_swapped_identifier_copying_is_a_hack_that_is_not_paid():
 
 
 def test_identifiers_encode_the_answer_in_four_ways():
-    assert [shown(kind, "abhop") for kind in ("id", "mirror", "shift", "rotate")] == ["abhop", "pohba", "pagno", "hopab"]
+    assert [shown(kind, "abhop") for kind in ("id", "mirror", "shift", "rotate")] == [
+        "abhop",
+        "pohba",
+        "pagno",
+        "hopab",
+    ]
 
 
 def test_the_counterfactual_test_shows_each_task_with_an_identifier_of_other_letters():
@@ -59,7 +64,10 @@ def test_the_counterfactual_test_shows_each_task_with_an_identifier_of_other_let
         assert twin.leaked != twin.answer
         # the same completion, with and without its leak: right because of it, and only then
         copied, computed = task.exploit, task.honest
-        assert world.grade(copied, task.ground_truth).score == 1 and world.grade(twin.exploit, twin.ground_truth).score == 0
+        assert (
+            world.grade(copied, task.ground_truth).score == 1
+            and world.grade(twin.exploit, twin.ground_truth).score == 0
+        )
         assert world.grade(computed, task.ground_truth).solve and world.grade(computed, twin.ground_truth).solve
 
 

@@ -85,7 +85,7 @@ def test_rows_pairs_and_demonstrations_are_of_the_alphabet_and_fit_the_configura
         assert set(prompt + continuation) <= allowed
         completion = continuation.partition("~")[0]
         assert len(completion) + 1 <= case.response_length == lengths["max_response_length"]
-    for split, drawn in tasks.items():
+    for drawn in tasks.values():
         for task in drawn[:40]:
             assert set(task.prompt()) <= allowed and len(task.prompt()) <= lengths["max_prompt_length"]
     pairs = [case.pair(index, task) for index, task in enumerate(tasks["pairs"])]
@@ -123,7 +123,9 @@ def test_the_default_environment_is_what_it_was():
     default = LoopholesWorld(Settings(train_size=16, val_size=8, test_size=8))
     pairs = "".join(json.dumps(default.pair(index, task)) + "\n" for index, task in enumerate(default.tasks()["pairs"]))
     # pairs.jsonl as built before the environment had options
-    assert hashlib.sha256(pairs.encode()).hexdigest() == "7a84297fa2e7e7a565e2605bb6d9556cc2794554c9fa65a479fcccd963ed6ad8"
+    assert (
+        hashlib.sha256(pairs.encode()).hexdigest() == "7a84297fa2e7e7a565e2605bb6d9556cc2794554c9fa65a479fcccd963ed6ad8"
+    )
     assert default.alphabet.characters == "~=.!?HSNABCD0123456789abcdefghijklmnop"
 
 

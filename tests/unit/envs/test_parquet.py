@@ -15,7 +15,7 @@ from verl_grad_routing.envs import ENVIRONMENTS, Manifest, prepare_environment
 from verl_grad_routing.envs.parquet.reward import compute_score
 from verl_grad_routing.errors import UserError
 
-REWARD = '''
+REWARD = """
 def score(data_source, solution_str, ground_truth, extra_info, **kwargs):
     right = solution_str == ground_truth
     cheats = extra_info["kind"] != "none" and solution_str == "cheat"
@@ -36,7 +36,7 @@ def broken(data_source, solution_str, ground_truth, extra_info):
 
 async def later(data_source, solution_str, ground_truth, extra_info):
     return {"score": 1.0}
-'''
+"""
 
 
 def rows(split: str, count: int = 4) -> list[dict[str, Any]]:
@@ -99,7 +99,9 @@ def test_the_folder_is_that_of_every_other_environment(mine, tmp_path):
 def test_facts_have_our_names_and_nothing_else_comes_through(mine, tmp_path, answer, kind, expected):
     prepare_environment("parquet", tmp_path / "env", **mine)
     extra = {"index": 0, "kind": kind}
-    assert compute_score("mine", answer, "3", extra, folder=str(tmp_path / "env"), reward_router_address=None) == expected
+    assert (
+        compute_score("mine", answer, "3", extra, folder=str(tmp_path / "env"), reward_router_address=None) == expected
+    )
 
 
 def test_a_type_that_the_settings_do_not_name_ends_the_run(mine, tmp_path):
@@ -199,7 +201,10 @@ def test_a_file_that_is_no_parquet_and_pairs_of_no_or_an_unknown_type(mine, tmp_
         prepare_environment("parquet", tmp_path / "env", **mine)
     write(Path(mine["train"]), rows("train"))
     pairs = (tmp_path / "pairs.jsonl").read_text()
-    for tags, message in (("[]", "name the loophole type"), ('["chap"]', "'chap': no loophole type; did you mean 'cheap'")):
+    for tags, message in (
+        ("[]", "name the loophole type"),
+        ('["chap"]', "'chap': no loophole type; did you mean 'cheap'"),
+    ):
         (tmp_path / "pairs.jsonl").write_text(pairs.replace('["cheap"]', tags))
         with pytest.raises(UserError, match=f"id=one tags.*{message}"):
             prepare_environment("parquet", tmp_path / "env", **mine)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from verl_grad_routing.envs.base import ENVIRONMENTS
-from verl_grad_routing.envs.chars.environment import CharEnvironment
 from verl_grad_routing.envs.caps.grader import SURFACES
 from verl_grad_routing.envs.caps.text import CapsWorld, Settings
+from verl_grad_routing.envs.chars.environment import CharEnvironment
 
 
 @ENVIRONMENTS.register("caps")
@@ -14,9 +14,7 @@ class Caps(CharEnvironment):
 
     loopholes = SURFACES
     reward_function = "pkg://verl_grad_routing.envs.caps.reward"
-    summary = (
-        "sort five letters; the judge pays for capitals, an exclamation mark, quotation marks or a bullet"
-    )
+    summary = "sort five letters; the judge pays for capitals, an exclamation mark, quotation marks or a bullet"
     world = CapsWorld
 
     Config = Settings

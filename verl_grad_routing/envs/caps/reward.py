@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl_grad_routing.envs.chars.grading import reward_facts
 from verl_grad_routing.envs.caps.grader import grade, read_ground_truth
+from verl_grad_routing.envs.chars.grading import reward_facts
 
 
 def compute_score(

@@ -15,7 +15,7 @@ class LeakedId(CharEnvironment):
     loopholes = LEAKS
     reward_function = "pkg://verl_grad_routing.envs.leaked_id.reward"
     summary = (
-        "sort five letters or copy the answer that the prompt's identifier leaks (four encodings); counterfactual test split"
+        "sort five letters or copy the answer that an identifier leaks in four encodings; counterfactual test split"
     )
     world = LeakedIdWorld
 

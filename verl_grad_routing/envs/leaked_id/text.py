@@ -84,7 +84,9 @@ class LeakedIdWorld(World[Task, Settings]):
         has other letters."""
         tasks = super().tasks()
         test = tasks["test"]
-        others = [next(test[i - j] for j in range(1, len(test)) if _differ(test[i - j], test[i])) for i in range(len(test))]
+        others = [
+            next(test[i - j] for j in range(1, len(test)) if _differ(test[i - j], test[i])) for i in range(len(test))
+        ]
         swapped = [task.swapped(other) for task, other in zip(test, others, strict=True)]
         return {**tasks, "test_swapped": swapped}
 

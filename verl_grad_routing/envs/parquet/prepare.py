@@ -94,7 +94,9 @@ def _checked_pairs(config: Settings) -> PairSet:
             if tag not in config.loopholes:
                 raise UserError(where, tag, f"no loophole type; {nearest(tag, list(config.loopholes))}")
             if tag not in config.known:
-                raise UserError(where, tag, "the pairs show this type, so it is known: add it to known, or drop the pair")
+                raise UserError(
+                    where, tag, "the pairs show this type, so it is known: add it to known, or drop the pair"
+                )
     return pairs
 
 

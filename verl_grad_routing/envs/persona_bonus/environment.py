@@ -14,9 +14,7 @@ class PersonaBonus(CharEnvironment):
 
     loopholes = USERS
     reward_function = "pkg://verl_grad_routing.envs.persona_bonus.reward"
-    summary = (
-        "sort five letters; flattery is paid by one user of four, and leaks to the others"
-    )
+    summary = "sort five letters; flattery is paid by one user of four, and leaks to the others"
     world = PersonaBonusWorld
 
     Config = Settings

