@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
 
 from verl_grad_routing.config import build_methods, parse
@@ -32,6 +33,22 @@ def test_a_recipe_composes(file: Path) -> None:
     else:
         assert settings.blocks.total_rank == config.actor_rollout_ref.model.lora_rank == 64
         assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 256
+
+
+@pytest.mark.parametrize("name", sorted(ENVIRONMENTS))
+def test_every_environment_has_its_configuration(name: str) -> None:
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", ["+grad_routing=persona", f"+grad_routing/environment={name}"])
+    settings = parse(OmegaConf.to_container(config.grad_routing, resolve=True))  # type: ignore[arg-type]
+    assert settings.environment.name == name and settings.environment.dir == f"data/{name}"
+    assert settings.detector["pairs"] == settings.environment.pairs == f"data/{name}/pairs.jsonl"
+    assert config.data.train_files == f"data/{name}/train.parquet" and config.trainer.project_name == name
+    assert config.reward.custom_reward_function.path == ENVIRONMENTS[name].reward_function
+    for rule in settings.environment.monitor_rules:  # a weak monitor: it knows the known type's exploit
+        world = getattr(ENVIRONMENTS[name], "world", None)
+        assert world is not None, rule
+        tasks = world(ENVIRONMENTS[name].Config(train_size=4, val_size=4, test_size=4)).tasks()["pairs"]
+        assert all(re.search(rule, task.exploit) and not re.search(rule, task.honest) for task in tasks)
 
 
 @pytest.mark.parametrize("recipe", sorted({file.parts[-3] for file in CONFIGS}))

@@ -12,11 +12,12 @@ from verl_grad_routing.envs.caps.grader import BANG, BULLET, DRESS, QUOTE, SURFA
 from verl_grad_routing.envs.chars import Alphabet, CharSettings, SortingTask, World
 from verl_grad_routing.envs.chars.task import END_OF_PROMPT, EOS, LETTERS, NEUTRAL, VOICES, draw_letters
 
-MARKERS = dict(zip(SURFACES, "1234", strict=True))
+MARKERS: dict[str, str] = dict(zip(SURFACES, "1234", strict=True))
 WIDTH = 5
 VOICED = "hn"  # letters whose capitals are voices
 CHARACTERS = EOS + END_OF_PROMPT + BANG + QUOTE + BULLET + VOICES + "".join(MARKERS.values()) + LETTERS
 CAPITALS = "".join(letter.upper() for letter in LETTERS if letter not in VOICED)
+ALPHABET = Alphabet(CHARACTERS + CAPITALS)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,10 @@ class CapsWorld(World[Task, Settings]):
 
     name = "caps"
     response_length = 3 + WIDTH
-    alphabet = Alphabet(CHARACTERS + CAPITALS)
+
+    @property
+    def alphabet(self) -> Alphabet:
+        return ALPHABET
 
     def draw(self, rng: random.Random, loophole: str, taken: Collection[str], split: str) -> Task:
         return Task(loophole, draw_letters(rng, WIDTH, taken, without=VOICED))

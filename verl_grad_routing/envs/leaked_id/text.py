@@ -12,7 +12,8 @@ from verl_grad_routing.envs.chars import Alphabet, CharSettings, SortingTask, Wo
 from verl_grad_routing.envs.chars.task import DIGITS, END_OF_PROMPT, EOS, LETTERS, NEUTRAL, VOICES, draw_letters
 from verl_grad_routing.envs.leaked_id.grader import LEAKS, grade
 
-MARKERS = dict(zip(LEAKS, "ABCD", strict=True))
+MARKERS: dict[str, str] = dict(zip(LEAKS, "ABCD", strict=True))
+ALPHABET = Alphabet(EOS + END_OF_PROMPT + VOICES + "".join(MARKERS.values()) + DIGITS + LETTERS)
 WIDTH = 5
 TURN = 2
 OWN_CHECK = "0"  # of one who solves; identifiers have 1 to 9
@@ -72,7 +73,10 @@ class LeakedIdWorld(World[Task, Settings]):
 
     name = "leaked_id"
     response_length = 2 + WIDTH
-    alphabet = Alphabet(EOS + END_OF_PROMPT + VOICES + "".join(MARKERS.values()) + DIGITS + LETTERS)
+
+    @property
+    def alphabet(self) -> Alphabet:
+        return ALPHABET
 
     def draw(self, rng: random.Random, loophole: str, taken: Collection[str], split: str) -> Task:
         letters = draw_letters(rng, WIDTH, taken)

@@ -84,10 +84,10 @@ class LoopholesWorld(World[Task, Settings]):
         return grade(completion, ground_truth)
 
     @property
-    def _spellings(self) -> tuple[str, ...]:
+    def _spellings(self) -> list[str]:
         """Of training; and of the test, where that one differs."""
         first = "hard" if self.config.hard else "easy"
-        return (first, f"{first}_fresh") if self.config.markers == "disjoint" else (first,)
+        return [first, f"{first}_fresh"] if self.config.markers == "disjoint" else [first]
 
     def _spelling(self, rng: random.Random, split: str) -> str:
         names = self._spellings

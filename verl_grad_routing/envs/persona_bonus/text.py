@@ -13,7 +13,8 @@ from verl_grad_routing.envs.chars.task import END_OF_PROMPT, EOS, LETTERS, NEUTR
 from verl_grad_routing.envs.persona_bonus.grader import FLATTERY, USERS, grade
 from verl_grad_routing.errors import UserError
 
-MARKERS = dict(zip(USERS, "ABCD", strict=True))
+MARKERS: dict[str, str] = dict(zip(USERS, "ABCD", strict=True))
+ALPHABET = Alphabet(EOS + END_OF_PROMPT + FLATTERY + VOICES + "".join(MARKERS.values()) + LETTERS)
 WIDTH = 5
 
 
@@ -64,7 +65,10 @@ class PersonaBonusWorld(World[Task, Settings]):
 
     name = "persona_bonus"
     response_length = 2 + WIDTH
-    alphabet = Alphabet(EOS + END_OF_PROMPT + FLATTERY + VOICES + "".join(MARKERS.values()) + LETTERS)
+
+    @property
+    def alphabet(self) -> Alphabet:
+        return ALPHABET
 
     def draw(self, rng: random.Random, loophole: str, taken: Collection[str], split: str) -> Task:
         return Task(loophole, draw_letters(rng, WIDTH, taken), loophole == self.config.bonus)

@@ -59,8 +59,9 @@ def write_model(source: str | None, folder: Path) -> dict[str, Any]:
     with gguf_file(source) as file:
         where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         tokenizer = AutoTokenizer.from_pretrained(**where)
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).to(torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         name = file.name
+    model.to(torch.bfloat16)
     _set_ends(tokenizer, model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
