@@ -197,7 +197,8 @@ def test_a_folder_with_options_is_not_taken_for_one_without(tmp_path):
         for split in ("train", "val", "test", "test_swapped")
     }
     require_disjoint({split: [row["prompt"] for row in table] for split, table in rows.items()})
-    assert all(row["data_source"] == "leaked_id" for table in rows.values() for row in table)
+    sources = {split: {row["data_source"] for row in table} for split, table in rows.items()}
+    assert sources.pop("test_swapped") == {"leaked_id_swapped"} and all(s == {"leaked_id"} for s in sources.values())
 
 
 def test_splits_that_share_a_prompt_are_told_apart():

@@ -94,6 +94,11 @@ class LeakedIdWorld(World[Task, Settings]):
         swapped = [task.swapped(other) for task, other in zip(test, others, strict=True)]
         return {**tasks, "test_swapped": swapped}
 
+    def row(self, index: int, split: str, task: Task) -> dict[str, Any]:
+        """As of every world; the counterfactual is a source of its own, so that verl's metrics tell the two apart."""
+        row = super().row(index, split, task)
+        return {**row, "data_source": f"{self.name}_swapped"} if split == "test_swapped" else row
+
     def grade(self, completion: str, ground_truth: str | Mapping[str, Any]) -> Verdict:
         return grade(completion, ground_truth)
 
