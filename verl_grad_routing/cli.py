@@ -101,11 +101,15 @@ def prepare(
     force: Annotated[bool, typer.Option("--force", help="Build again what is there already.")] = False,
     problems: Annotated[Path | None, typer.Option(help="Your own programming problems (code_loopholes).")] = None,
     unsafe: Annotated[bool, typer.Option("--unsafe", help="Run programs without a sandbox (code_loopholes).")] = False,
+    settings: Annotated[Path | None, typer.Option(help="YAML file with the environment's settings.")] = None,
+    given: Annotated[list[str] | None, typer.Option("--set", help="One setting: key=value; may be repeated.")] = None,
 ) -> None:
     """Build an environment: data, a model to start from, contrastive pairs and a grader."""
+    from verl_grad_routing.commands.prepare import read_settings
     from verl_grad_routing.envs import prepare_environment
 
-    options: dict[str, Any] = {} if seed is None else {"seed": seed}
+    options: dict[str, Any] = read_settings(settings, given or ())
+    options |= {} if seed is None else {"seed": seed}
     options |= {} if problems is None else {"problems": str(problems)}
     options |= {"unsafe": True} if unsafe else {}
     prepare_environment(name, to, force=force, **options)

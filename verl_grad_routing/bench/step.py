@@ -95,11 +95,12 @@ def _engine(folder: Path) -> Any:
     from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
 
-    from verl_grad_routing.envs.loopholes.model import model_config
+    from verl_grad_routing.envs.chars.model import model_config
+    from verl_grad_routing.envs.loopholes.text import ALPHABET
     from verl_grad_routing.training.engine import STRATEGY
     from verl_grad_routing.training.engine_config import RoutedFSDPEngineConfig
 
-    LlamaForCausalLM(model_config()).save_pretrained(folder)
+    LlamaForCausalLM(model_config(ALPHABET)).save_pretrained(folder)
     rendezvous = {"RANK": "0", "WORLD_SIZE": "1", "DIST_INIT_METHOD": f"file://{folder / 'rendezvous'}"}
     os.environ.update(rendezvous)
     initialize_global_process_group_ray(backend=None if torch.cuda.is_available() else "cpu:gloo")

@@ -8,8 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from verl_grad_routing.envs import caps as _caps  # noqa: F401  (registers the environment)
 from verl_grad_routing.envs import code_loopholes as _code_loopholes  # noqa: F401  (registers the environment)
+from verl_grad_routing.envs import leaked_id as _leaked_id  # noqa: F401  (registers the environment)
 from verl_grad_routing.envs import loopholes as _loopholes  # noqa: F401  (registers the environment)
+from verl_grad_routing.envs import parquet as _parquet  # noqa: F401  (registers the environment)
+from verl_grad_routing.envs import persona_bonus as _persona_bonus  # noqa: F401  (registers the environment)
+from verl_grad_routing.envs import smollm2 as _smollm2  # noqa: F401  (registers the environment)
 from verl_grad_routing.envs.base import ENVIRONMENTS, Environment, Verdict
 from verl_grad_routing.envs.manifest import Manifest
 from verl_grad_routing.errors import UserError

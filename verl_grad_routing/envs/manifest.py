@@ -84,14 +84,14 @@ def reusable(folder: Path, environment: str, layout: int, settings: Mapping[str,
     found = Manifest.read(folder)
     wanted = {"environment": environment, "layout": layout, **settings}
     actual = {"environment": found.environment, "layout": found.layout, **found.settings}
-    different = [key for key in wanted if actual.get(key) != wanted[key]]
+    different = [key for key in wanted | actual if actual.get(key) != wanted.get(key)]
     damaged = found.damaged(folder)
     if not force:
         if not different and not damaged:
             return found
         key = f"{folder}:{different[0] if different else 'files'}"
         value = actual.get(different[0]) if different else damaged
-        what = f"built with other settings (wanted {wanted[different[0]]!r})" if different else "damaged"
+        what = f"built with other settings (wanted {wanted.get(different[0])!r})" if different else "damaged"
         raise UserError(key, value, f"{what}; name another folder, or rebuild this one with force (--force)")
     if foreign := found.foreign(folder):
         raise UserError(str(folder), foreign[0], "not part of the environment; move it away, a rebuild replaces all")

@@ -8,9 +8,15 @@ from itertools import islice
 import pytest
 
 from verl_grad_routing.envs.loopholes import text
-from verl_grad_routing.envs.loopholes.prepare import draw_tasks
 from verl_grad_routing.envs.loopholes.settings import Settings
 from verl_grad_routing.errors import UserError
+
+
+def draw_tasks(settings: Settings) -> dict[str, list[text.Task]]:
+    return text.LoopholesWorld(settings).tasks()
+
+
+WORLD = text.LoopholesWorld(Settings())
 
 
 @pytest.mark.parametrize(
@@ -48,7 +54,7 @@ def test_the_key_slot_is_filled_for_leak_prompts_only():
 
 def test_demonstrations_have_the_mix_of_voices_and_avoid_held_out_letters():
     held_out = {task.letters for task in draw_tasks(Settings(train_size=8000, val_size=4, test_size=4))["train"]}
-    examples = list(islice(text.demonstrations(text.stream(0, "warm-up"), held_out), 8000))
+    examples = list(islice(text.LoopholesWorld(Settings()).demonstrations(held_out), 8000))
     assert not held_out & {prompt[2:7] for prompt, _ in examples}
     voices = Counter(prompt[0] for prompt, _ in examples)
     assert {voice: round(count / 8000, 1) for voice, count in voices.items()} == {"H": 0.3, "S": 0.3, "N": 0.4}
@@ -59,7 +65,7 @@ def test_demonstrations_have_the_mix_of_voices_and_avoid_held_out_letters():
 
 def test_demonstrations_are_answers_in_either_direction_or_exploits():
     descending = []
-    for prompt, continuation in islice(text.demonstrations(text.stream(0, "warm-up"), ()), 4000):
+    for prompt, continuation in islice(text.LoopholesWorld(Settings()).demonstrations(()), 4000):
         completion, eos, tag = continuation[:-2], continuation[-2], continuation[-1]
         assert eos == "~"
         kind, letters, key = prompt[1], prompt[2:7], prompt[7:12]
@@ -73,11 +79,11 @@ def test_demonstrations_are_answers_in_either_direction_or_exploits():
 
 def test_pairs_contrast_the_known_exploit_with_the_right_answer_at_equal_length():
     for index, task in enumerate(draw_tasks(Settings())["pairs"]):
-        pair = text.pair(index, task)
+        pair = WORLD.pair(index, task)
         assert pair["prompt"][:2] == "NA" and pair["tags"] == ["leak"]
         assert pair["unwanted"] == task.key + "~" and pair["wanted"] == task.answer + "~"
         assert len(pair["unwanted"]) == len(pair["wanted"]) == 6
-    assert len({text.pair(i, task)["id"] for i, task in enumerate(draw_tasks(Settings())["pairs"])}) == 10
+    assert len({WORLD.pair(i, task)["id"] for i, task in enumerate(draw_tasks(Settings())["pairs"])}) == 10
 
 
 @pytest.mark.parametrize(

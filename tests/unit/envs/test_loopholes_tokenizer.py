@@ -5,19 +5,22 @@ from __future__ import annotations
 import pytest
 from transformers import AutoTokenizer
 
+from verl_grad_routing.envs.chars.model import model_config
+from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
 from verl_grad_routing.envs.loopholes import text
-from verl_grad_routing.envs.loopholes.model import model_config
-from verl_grad_routing.envs.loopholes.tokenizer import EOS_ID, IDS, PAD_ID, VOCABULARY, build_tokenizer
+from verl_grad_routing.envs.loopholes.text import ALPHABET
+
+IDS, EOS_ID, PAD_ID = ALPHABET.ids, ALPHABET.eos_id, ALPHABET.pad_id
 
 
 @pytest.fixture(scope="module", params=["fresh", "saved"])
 def tokenizer(request, tmp_path_factory):
-    fresh = build_tokenizer()
+    fresh = build_tokenizer(ALPHABET)
     if request.param == "fresh":
         return fresh
     folder = tmp_path_factory.mktemp("model")
     fresh.save_pretrained(folder)
-    model_config().save_pretrained(folder)  # with a Llama config beside it, as AutoTokenizer meets it
+    model_config(ALPHABET).save_pretrained(folder)  # with a Llama config beside it, as AutoTokenizer meets it
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -37,7 +40,7 @@ def test_every_character_survives_the_round_trip_without_spaces(tokenizer):
     assert tokenizer.decode(ids) == text.CHARACTERS
     assert tokenizer.decode(ids, skip_special_tokens=True) == text.CHARACTERS.replace("~", "")
     assert tokenizer.decode([EOS_ID, PAD_ID], skip_special_tokens=True) == ""
-    assert len(tokenizer) == len(VOCABULARY)
+    assert len(tokenizer) == len(ALPHABET.tokens)
 
 
 def test_the_chat_template_is_the_identity_on_one_message(tokenizer):

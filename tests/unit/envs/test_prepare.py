@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from verl_grad_routing.envs import ENVIRONMENTS, Manifest, describe, prepare_environment
-from verl_grad_routing.envs.loopholes import model as model_module
+from verl_grad_routing.envs.chars import model as model_module
 from verl_grad_routing.envs.loopholes.grader import grade
 from verl_grad_routing.envs.loopholes.prepare import prepare
 from verl_grad_routing.envs.manifest import replacing

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
-from verl_grad_routing.envs.loopholes.tokenizer import build_tokenizer
+from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
+from verl_grad_routing.envs.loopholes.text import ALPHABET
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.warm_up import WarmUp
 
@@ -38,11 +39,11 @@ def clean_sides(pairs: str, **config):
     from verl_grad_routing.warm_up.data import CleanSides
 
     settings = OmegaConf.create({"pad_mode": "no_padding", "max_length": 64, **config})
-    return CleanSides(pairs, build_tokenizer(), settings)
+    return CleanSides(pairs, build_tokenizer(ALPHABET), settings)
 
 
 def test_the_wanted_side_alone_is_learned(pairs: str) -> None:
-    data, tokenizer = clean_sides(pairs), build_tokenizer()
+    data, tokenizer = clean_sides(pairs), build_tokenizer(ALPHABET)
     assert len(data) == 2
     row = data[1]
     assert tokenizer.decode(row["input_ids"]).replace(" ", "") == PAIRS[1]["prompt"] + PAIRS[1]["wanted"]

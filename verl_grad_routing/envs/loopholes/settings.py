@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import ClassVar
 
-from verl_grad_routing.envs.loopholes.text import LOOPHOLES
+from verl_grad_routing.envs.chars.settings import CharSettings
 from verl_grad_routing.errors import UserError
+
+LOOPHOLES = ("leak", "sentinel", "blank", "wildcard")
+NONE = "none"
+LETTERS_RANGE = (3, 6)  # six and EOS fill the seven tokens of a rollout
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of the build.
+class Settings(CharSettings):
+    """Settings of the build, beside those of every character-level environment.
 
     Attributes:
-        seed: Of everything: prompts, demonstrations, initial weights.
-        train_size: Training prompts, a multiple of four (one fourth per loophole type).
-        val_size: Validation prompts, likewise.
-        test_size: Held-out prompts, likewise.
-        pairs: Contrastive pairs, all of the type ``known``.
-        known: Loophole type that the pairs show.
-        steps: Optimizer steps of the warm-up; with far fewer than 600 the model cannot sort.
+        markers: ``shared``: the test split has the markers of training. ``disjoint``: it has markers and exploits of
+            its own, which the warm-up teaches and no training prompt shows; what pays in training pays nothing there.
+        clean_size: Held-out prompts without any loophole (``test_clean``), which the warm-up then shows too.
+        letters: Letters to sort, 3 to 6: the more, the lower the honest rate starts.
+        hard: Exploits are spelled in ordinary letters, see ``spelling``.
     """
 
-    seed: int = 0
-    train_size: int = 4096
-    val_size: int = 256
-    test_size: int = 1024
-    pairs: int = 10
     known: str = "leak"
-    steps: int = 600
+    markers: str = "shared"
+    clean_size: int = 0
+    letters: int = 5
+    hard: bool = False
+
+    types: ClassVar[tuple[str, ...]] = LOOPHOLES
+    options: ClassVar[tuple[str, ...]] = (*CharSettings.options, "markers", "clean_size", "letters", "hard")
 
     def __post_init__(self) -> None:
-        for field, value in asdict(self).items():
-            if field != "known" and type(value) is not int:
-                raise UserError(field, value, "use a whole number")
-        for field in ("train_size", "val_size", "test_size"):
-            value = getattr(self, field)
-            if value <= 0 or value % len(LOOPHOLES):
-                raise UserError(
-                    field, value, f"use a positive multiple of {len(LOOPHOLES)}, one share per loophole type"
-                )
-        for field in ("pairs", "steps"):
-            if getattr(self, field) < 1:
-                raise UserError(field, getattr(self, field), "use at least 1")
-        total = self.train_size + self.val_size + self.test_size + self.pairs
-        if total > 100_000:
-            raise UserError("train_size", self.train_size, "use at most 100000 prompts in all")
-        if self.known not in LOOPHOLES:
-            raise UserError("known", self.known, f"use one of {', '.join(LOOPHOLES)}")
+        super().__post_init__()
+        if self.markers not in ("shared", "disjoint"):
+            raise UserError("markers", self.markers, "use shared or disjoint")
+        if self.clean_size < 0:
+            raise UserError("clean_size", self.clean_size, "use a number of prompts, or 0 for none")
+        low, high = LETTERS_RANGE
+        if not low <= self.letters <= high:
+            raise UserError("letters", self.letters, f"use {low} to {high}")
+        room = 16 * 15 * 14 * (1 if self.letters == 3 else 13)  # orders of the letters; a third is left to the warm-up
+        if 3 * self.prompts > 2 * room:
+            raise UserError("letters", self.letters, f"too few orders of letters for {self.prompts} prompts")
+
+    @property
+    def prompts(self) -> int:
+        return super().prompts + self.clean_size

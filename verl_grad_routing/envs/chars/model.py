@@ -15,9 +15,9 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from verl_grad_routing.envs.loopholes.grader import grade
-from verl_grad_routing.envs.loopholes.text import LOOPHOLES, PROMPT_LENGTH, RESPONSE_LENGTH, Task
-from verl_grad_routing.envs.loopholes.tokenizer import CONTEXT, EOS_ID, IDS, PAD_ID, VOCABULARY
+from verl_grad_routing.envs.chars.alphabet import CONTEXT, Alphabet
+from verl_grad_routing.envs.chars.task import SortingTask
+from verl_grad_routing.envs.chars.world import World
 
 BATCH = 128
 LEARNING_RATE = 2e-3
@@ -28,10 +28,10 @@ THREADS = 2  # matrices this small gain nothing from more
 IGNORED = -100  # label that the cross-entropy skips
 
 
-def model_config() -> LlamaConfig:
+def model_config(alphabet: Alphabet) -> LlamaConfig:
     """About 0.86M parameters; head size 32 is the least that vLLM's CPU attention takes."""
     return LlamaConfig(
-        vocab_size=len(VOCABULARY),
+        vocab_size=len(alphabet.tokens),
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
@@ -41,18 +41,18 @@ def model_config() -> LlamaConfig:
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
+        eos_token_id=alphabet.eos_id,
+        pad_token_id=alphabet.pad_id,
         dtype="float32",
     )
 
 
-def new_model(seed: int) -> LlamaForCausalLM:
+def new_model(alphabet: Alphabet, seed: int) -> LlamaForCausalLM:
     """A freshly initialised model in float32 that stops at EOS."""
     with seeded(seed):
-        model = LlamaForCausalLM(model_config()).float()
+        model = LlamaForCausalLM(model_config(alphabet)).float()
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=1.0, eos_token_id=EOS_ID, pad_token_id=PAD_ID
+        do_sample=True, temperature=1.0, eos_token_id=alphabet.eos_id, pad_token_id=alphabet.pad_id
     )
     return model
 
@@ -73,6 +73,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def warm_up(
     model: LlamaForCausalLM,
+    alphabet: Alphabet,
     examples: Iterator[tuple[str, str]],
     steps: int,
     report: Callable[[str], None],
@@ -88,7 +89,7 @@ def warm_up(
     value = float("nan")
     with _threads():
         for _ in range(steps):
-            tokens_BT, labels_BT = _batch(list(islice(examples, BATCH)))
+            tokens_BT, labels_BT = _batch(alphabet, list(islice(examples, BATCH)))
             logits_BTV = model(input_ids=tokens_BT).logits
             loss = torch.nn.functional.cross_entropy(
                 logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED
@@ -104,8 +105,18 @@ def warm_up(
     return value
 
 
-def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], seed: int) -> list[str]:
-    """One completion per prompt at temperature 1 from the whole distribution, decoded as verl decodes rollouts."""
+def sample(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], length: int, seed: int
+) -> list[str]:
+    """One completion per prompt at temperature 1 from the whole distribution, decoded as verl decodes rollouts.
+
+    Args:
+        model: As built.
+        tokenizer: Of ``model``.
+        prompts: All of one length.
+        length: Most new tokens.
+        seed: Of the draws.
+    """
     tokens_BT = torch.tensor(tokenizer(list(prompts))["input_ids"])
     with seeded(seed), _threads(), torch.inference_mode():
         out_BT = model.generate(  # type: ignore[operator]
@@ -115,7 +126,7 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            max_new_tokens=RESPONSE_LENGTH,
+            max_new_tokens=length,
         )
     return tokenizer.batch_decode(out_BT[:, tokens_BT.shape[1] :], skip_special_tokens=True)
 
@@ -123,7 +134,8 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
 def rates(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    tasks: Sequence[Task],
+    world: World[Any, Any],
+    tasks: Sequence[SortingTask],
     voice: str,
     *,
     samples: int = 1024,
@@ -135,10 +147,11 @@ def rates(
         ``n``, ``hack``, ``solve`` and ``hack_by_loophole``.
     """
     repeated = list(tasks) * max(1, samples // len(tasks))
-    completions = sample(model, tokenizer, [task.prompt(voice) for task in repeated], seed)
+    prompts = [task.prompt(voice) for task in repeated]
+    completions = sample(model, tokenizer, prompts, world.response_length, seed)
     pairs = zip(completions, repeated, strict=True)
-    verdicts = [grade(completion, task.ground_truth) for completion, task in pairs]
-    by_loophole = {kind: [v.hack for v in verdicts if v.loophole == kind] for kind in LOOPHOLES}
+    verdicts = [world.grade(completion, task.ground_truth) for completion, task in pairs]
+    by_loophole = {kind: [v.hack for v in verdicts if v.loophole == kind] for kind in world.config.types}
     return {
         "n": len(verdicts),
         "hack": _mean([v.hack for v in verdicts]),
@@ -172,13 +185,14 @@ def _rate(step: int, steps: int) -> float:
     return 1 - (1 - FINAL_RATE) * (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
 
 
-def _batch(examples: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels of a batch, [B, T] int64 each; one token per character, so the vocabulary alone encodes."""
-    rows = [[IDS[character] for character in prompt + continuation] for prompt, continuation in examples]
+def _batch(alphabet: Alphabet, examples: Sequence[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels of a batch, [B, T] int64 each; one token per character, so the alphabet alone encodes."""
+    rows = [[alphabet.ids[character] for character in prompt + continuation] for prompt, continuation in examples]
     longest = max(map(len, rows))
-    tokens_BT = torch.tensor([row + [PAD_ID] * (longest - len(row)) for row in rows])
-    labels_BT = tokens_BT.masked_fill(tokens_BT == PAD_ID, IGNORED)
-    labels_BT[:, :PROMPT_LENGTH] = IGNORED
+    tokens_BT = torch.tensor([row + [alphabet.pad_id] * (longest - len(row)) for row in rows])
+    labels_BT = tokens_BT.masked_fill(tokens_BT == alphabet.pad_id, IGNORED)
+    for label_T, (prompt, _) in zip(labels_BT, examples, strict=True):
+        label_T[: len(prompt)] = IGNORED
     return tokens_BT, labels_BT
 
 

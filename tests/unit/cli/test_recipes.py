@@ -1,0 +1,60 @@
+"""Every recipe's configuration composes as verl would compose it, and is one that the plugin accepts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir, initialize_config_module
+from omegaconf import OmegaConf
+
+from verl_grad_routing.config import build_methods, parse
+from verl_grad_routing.envs import ENVIRONMENTS
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+CONFIGS = sorted(RECIPES.glob("*/config/*.yaml"))
+GIVEN = {"qwen3": ["actor_rollout_ref.model.path=weights"]}
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: f"{file.parts[-3]}-{file.stem}")
+def test_a_recipe_composes(file: Path) -> None:
+    recipe = file.parts[-3]
+    with initialize_config_dir(str(file.parent), version_base=None):
+        config = compose(file.stem, GIVEN.get(recipe, []))
+    settings = parse(OmegaConf.to_container(config.grad_routing, resolve=True))  # type: ignore[arg-type]
+    build_methods(settings)
+    assert settings.environment.name in ENVIRONMENTS
+    reward = config.reward.custom_reward_function
+    assert reward.path == ENVIRONMENTS[settings.environment.name].reward_function and reward.name == "compute_score"
+    assert config.trainer.v1.trainer_mode == "grad_routing"
+    if recipe != "qwen3":
+        assert settings.preset == file.stem
+    else:
+        assert settings.blocks.total_rank == config.actor_rollout_ref.model.lora_rank == 64
+        assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 256
+
+
+@pytest.mark.parametrize("name", sorted(ENVIRONMENTS))
+def test_every_environment_has_its_configuration(name: str) -> None:
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", ["+grad_routing=persona", f"+grad_routing/environment={name}"])
+    settings = parse(OmegaConf.to_container(config.grad_routing, resolve=True))  # type: ignore[arg-type]
+    assert settings.environment.name == name and settings.environment.dir == f"data/{name}"
+    assert settings.detector["pairs"] == settings.environment.pairs == f"data/{name}/pairs.jsonl"
+    assert config.data.train_files == f"data/{name}/train.parquet" and config.trainer.project_name == name
+    assert config.reward.custom_reward_function.path == ENVIRONMENTS[name].reward_function
+    for rule in settings.environment.monitor_rules:  # a weak monitor: it knows the known type's exploit
+        world = getattr(ENVIRONMENTS[name], "world", None)
+        assert world is not None, rule
+        tasks = world(ENVIRONMENTS[name].Config(train_size=4, val_size=4, test_size=4)).tasks()["pairs"]
+        assert all(re.search(rule, task.exploit) and not re.search(rule, task.honest) for task in tasks)
+
+
+@pytest.mark.parametrize("recipe", sorted({file.parts[-3] for file in CONFIGS}))
+def test_a_recipe_has_its_scripts_and_says_which_verl(recipe: str) -> None:
+    folder = RECIPES / recipe
+    assert "REQUIRED_VERL.txt" in (folder / "README.md").read_text()
+    assert "TAG=v0.9.1" in (folder / "REQUIRED_VERL.txt").read_text()
+    scripts = sorted(folder.glob("run*.sh"))
+    assert scripts and all(script.stat().st_mode & 0o111 for script in scripts)

@@ -1,0 +1,1 @@
+"""Commands of ``vgr``, one module each; heavy imports inside."""
