@@ -49,6 +49,8 @@ class Scoring(Core):
             self.hidden_size = shape["hidden_size"]
             self.score_pass = self.detector.resolve_score_pass(self.ref_in_actor and self.use_reference_policy)
             self.pairs = load_pairs(self.detector.config.pairs) if self.detector.needs_pairs else None
+            if self.pairs is not None:
+                self.detector.expect(self.pairs)
             self._fit_directions()
             print(
                 f"grad_routing: scores are read in the {self.score_pass} pass after layers {list(self.layers)} of "
