@@ -165,7 +165,7 @@ class Scoring(Core):
         real = part_of(batch, real_rows(batch))
         fields = ["uid", "extra_fields", "rm_scores"]
         texts: dict[str, tuple[str, ...]] = {}
-        fields += sorted({"prompts", "responses"} & self.detector.reads)
+        fields += sorted({"prompts", "responses"} & self.router.reads)
         if self.reads_activations:
             fields.append("activation_scores")
         data = read(real, *fields)
