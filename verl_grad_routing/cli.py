@@ -165,6 +165,14 @@ def step(json: JsonFile = None) -> None:
 
 
 @bench.command()
+def baselines(json: JsonFile = None) -> None:
+    """A step of each rival, without generation: advantage modification, screening, TDGA and more."""
+    from verl_grad_routing.bench.baselines import run_baselines_bench
+
+    run_baselines_bench(json_path=json)
+
+
+@bench.command()
 def grader(
     json: JsonFile = None,
     verdicts: Annotated[int, typer.Option(min=1, help="Verdicts to reach.")] = 1000,

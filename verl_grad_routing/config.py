@@ -155,17 +155,18 @@ def build_methods(config: GradRoutingConfig) -> Methods:
         raise UserError("grad_routing.detector.name", config.detector["name"], fix)
     gate = GATES.build(config.gate, "grad_routing.gate")
     intervention = INTERVENTIONS.build(config.intervention, "grad_routing.intervention")
-    return Methods(detector, gate, intervention, _held_out(config))
+    return Methods(detector, gate, intervention, _held_out(config, detector))
 
 
-def _held_out(config: GradRoutingConfig) -> Any:
+def _held_out(config: GradRoutingConfig, detector: Any) -> Any:
     from verl_grad_routing.detectors import DETECTORS
     from verl_grad_routing.detectors.held_out import KEY, require_text_reader
 
     if config.held_out_monitor is None:
         return None
-    if config.held_out_monitor == config.detector:
-        raise UserError(KEY, dict(config.detector), "this is the detector of the training itself; give another monitor")
     monitor = DETECTORS.build(config.held_out_monitor, KEY)
     require_text_reader(monitor)
+    if (monitor.name, monitor.config) == (detector.name, detector.config):
+        fix = "this is the detector of the training itself; give another monitor"
+        raise UserError(KEY, dict(config.held_out_monitor), fix)
     return monitor

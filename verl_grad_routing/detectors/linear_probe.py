@@ -55,6 +55,11 @@ class LinearProbeDetector(ActivationDetector):
         return frozenset()
 
     @property
+    def model_hash(self) -> str:
+        """Of the model that it was fitted on."""
+        return self.probe.model_hash
+
+    @property
     def position(self) -> str:
         return self.probe.position
 

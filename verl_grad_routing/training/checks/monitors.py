@@ -15,8 +15,7 @@ def probe_model(run: Run) -> None:
     """A probe reads the activations of the model that it was fitted on."""
     from verl_grad_routing.subspaces.basis import model_hash
 
-    probe = getattr(run.methods.detector, "probe", None)
-    expected = getattr(probe, "model_hash", None)
+    expected = getattr(run.methods.detector, "model_hash", None)
     folder = Path(str(run.get("actor_rollout_ref.model.path"))).expanduser()
     if run.routed and expected and folder.is_dir() and model_hash(folder) != expected:
         fix = f"it was fitted on another model than {folder}; fit one on this: vgr probe fit"
