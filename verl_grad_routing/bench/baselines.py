@@ -47,13 +47,15 @@ class Batch:
     uids: tuple[str, ...]
     rewards_B: Tensor
     token_ids: list[list[int]]
+    mask: Tensor  # all response tokens
 
     @classmethod
     def of(cls, bench: Bench) -> Batch:
         generator = torch.Generator().manual_seed(1)
         rewards_B = (torch.rand(ROLLOUTS, generator=generator) < 0.5).float()
         uids = tuple(f"u{row // GROUP}" for row in range(ROLLOUTS))
-        return cls(uids, rewards_B, [row.tolist() for row in bench.batch["responses"].unbind()])
+        token_ids = [row.tolist() for row in bench.batch["responses"].unbind()]
+        return cls(uids, rewards_B, token_ids, bench.batch["loss_mask"])
 
     def view(self, **known: Any) -> BatchView:
         keys = tuple(map(str, range(ROLLOUTS)))
@@ -74,6 +76,7 @@ class Step:
         rewards_B, kept_B = self.rewards(output)
         self.write(rewards_B, kept_B)
         self.bench.update(False)
+        self.bench.batch["response_mask"] = self.bench.batch["loss_mask"] = self.batch.mask
 
     def request(self) -> dict[str, Any]:
         """What the reference pass is asked for beside log-probs."""

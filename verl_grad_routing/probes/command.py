@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from verl_grad_routing.detectors.probe_file import ORIGINS, LinearProbe
 from verl_grad_routing.directions import layers_at_depth
@@ -43,9 +44,9 @@ def fit_on_rollouts(
     rows = load_rollouts(rollouts, label, AutoTokenizer.from_pretrained(model))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     return fit_probe(
-        pooled_activations(loaded, rows, chosen, position),
+        pooled_activations(loaded.to(device).eval(), rows, chosen, position),
         [row.unwanted for row in rows],
         [row.prompt for row in rows],
         settings,

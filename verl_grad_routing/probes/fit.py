@@ -93,9 +93,9 @@ def fit_probe(
     scaler = StandardScaler()
     regression = LogisticRegression(C=settings.c, max_iter=5000)
     make_pipeline(scaler, regression).fit(features_NF[fitted], labels_N[fitted])
-    assert scaler.scale_ is not None and scaler.mean_ is not None
-    weights_F = regression.coef_[0] / scaler.scale_
-    bias = float(regression.intercept_[0] - weights_F @ scaler.mean_)
+    mean_F, scale_F = np.asarray(scaler.mean_), np.asarray(scaler.scale_)
+    weights_F = regression.coef_[0] / scale_F
+    bias = float(np.ravel(regression.intercept_)[0] - weights_F @ mean_F)
     logits = features_NF[held] @ weights_F + bias
     clean, bad = logits[~labels_N[held]], logits[labels_N[held]]
     threshold = threshold_at(clean, settings.false_positive_rate)

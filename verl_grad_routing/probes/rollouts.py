@@ -73,7 +73,8 @@ def _recorded(folder: Path, label: str) -> Iterator[Rollout]:
             graded = (known or {}).get("reward_extra_info") or {}
             if label not in graded:
                 raise UserError("--label", label, f"{file.name} has the grader's facts {sorted(graded)}")
-            yield Rollout(*(tuple(ids.tolist()) for ids in (prompt, response, mask)), float(graded[label]) > 0)
+            ids = (tuple(column.tolist()) for column in (prompt, response, mask))
+            yield Rollout(next(ids), next(ids), next(ids), float(graded[label]) > 0)
 
 
 def _parquet(path: Path, label: str, tokenizer: Any) -> Iterator[Rollout]:

@@ -186,7 +186,7 @@ BAD_MONITORS = {
         "monitor_penalty",
         [
             "grad_routing.held_out_monitor={name: monitor, rules: [a]}",
-            "grad_routing.detector={name: monitor, rules: [a]}",
+            "grad_routing.detector.rules=[a]",
         ],
         "grad_routing.held_out_monitor",
         "another monitor",
