@@ -87,7 +87,7 @@ def test_only_the_metrics_read_the_facts() -> None:
     assert different == {"detector/auroc", "detector/recall", "detector/false_positive_rate"}
     plain, permuted = router("grift").decide(view(1))[1], router("grift").decide(view(1, order))[1]
     moved = {key for key in plain if plain[key] != permuted[key] and plain[key] == plain[key]}
-    assert moved == {"detector/auroc", *(f"grift/{name}" for name in ("f1_hack", "f1_clean", "permuted_f1"))}
+    assert moved == {*different, *(f"grift/{name}" for name in ("f1_hack", "f1_clean", "permuted_f1"))}
 
 
 @pytest.mark.parametrize("arm", ["persona", "random", "coinflip", "grift"])
