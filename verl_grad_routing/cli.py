@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from verl_grad_routing.commands import probe as probe_command
+from verl_grad_routing.commands import self_report as self_report_commands
 from verl_grad_routing.errors import UserError
 
 app = typer.Typer(
@@ -168,6 +170,14 @@ def step(json: JsonFile = None) -> None:
 
 
 @bench.command()
+def baselines(json: JsonFile = None) -> None:
+    """A step of each rival, without generation: advantage modification, screening, TDGA and more."""
+    from verl_grad_routing.bench.baselines import run_baselines_bench
+
+    run_baselines_bench(json_path=json)
+
+
+@bench.command()
 def grader(
     json: JsonFile = None,
     verdicts: Annotated[int, typer.Option(min=1, help="Verdicts to reach.")] = 1000,
@@ -281,6 +291,11 @@ def report(
     from verl_grad_routing.compare.report import write_report
 
     write_report(runs, to, allow_mixed_versions)
+
+
+app.add_typer(probe_command.app, name="probe")
+app.add_typer(self_report_commands.app, name="self-report")
+app.command("interrogate")(self_report_commands.interrogate)
 
 
 def _presets() -> list[tuple[str, str]]:

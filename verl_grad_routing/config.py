@@ -64,6 +64,7 @@ class EnvironmentConfig:
 
     ``monitor_rules`` are those of a weak monitor: they know what the pairs know and nothing else. ``probe_layers`` is
     how many layers of the environment's own model carry a gradient probe; ``None`` leaves it to the preset.
+    ``held_out_monitor`` and ``inoculation`` are what the presets take for the settings of that name.
     """
 
     name: str = ""
@@ -71,6 +72,8 @@ class EnvironmentConfig:
     pairs: str = ""
     monitor_rules: tuple[str, ...] = ()
     probe_layers: int | None = None
+    held_out_monitor: Mapping[str, Any] | None = None
+    inoculation: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class GradRoutingConfig:
         detector: ``name`` and settings of a detector (``vgr list detectors``).
         gate: ``name`` and settings of a gate (``vgr list gates``).
         intervention: ``name`` and settings of an intervention (``vgr list interventions``).
+        held_out_monitor: ``name`` and settings of a detector that reads texts and whose verdicts are only logged.
         seed: Seed of the random draws of detectors.
         quarantine_off_share: Share of training rollouts sampled with the quarantine ablated.
         validate_swapped: Control: also validate with the deployed block ablated instead of the quarantine.
@@ -100,6 +104,7 @@ class GradRoutingConfig:
     detector: Mapping[str, Any] = field(default_factory=lambda: {"name": "constant"})
     gate: Mapping[str, Any] = field(default_factory=lambda: {"name": "absorb_all"})
     intervention: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+    held_out_monitor: Mapping[str, Any] | None = None
     seed: int = 0
     quarantine_off_share: float = 0.0
     validate_swapped: bool = False
@@ -125,11 +130,12 @@ def parse(settings: Mapping[str, Any]) -> GradRoutingConfig:
 
 @dataclass(frozen=True)
 class Methods:
-    """The three parts of a method, built: a detector, a gate, an intervention."""
+    """The three parts of a method, built: a detector, a gate, an intervention; and the monitor that only watches."""
 
     detector: Any
     gate: Any
     intervention: Any
+    held_out: Any = None
 
 
 def build_methods(config: GradRoutingConfig) -> Methods:
@@ -148,4 +154,19 @@ def build_methods(config: GradRoutingConfig) -> Methods:
         fix = "this detector reads the grader's truth; a run that uses it is a control: set grad_routing.control=true"
         raise UserError("grad_routing.detector.name", config.detector["name"], fix)
     gate = GATES.build(config.gate, "grad_routing.gate")
-    return Methods(detector, gate, INTERVENTIONS.build(config.intervention, "grad_routing.intervention"))
+    intervention = INTERVENTIONS.build(config.intervention, "grad_routing.intervention")
+    return Methods(detector, gate, intervention, _held_out(config, detector))
+
+
+def _held_out(config: GradRoutingConfig, detector: Any) -> Any:
+    from verl_grad_routing.detectors import DETECTORS
+    from verl_grad_routing.detectors.held_out import KEY, require_text_reader
+
+    if config.held_out_monitor is None:
+        return None
+    monitor = DETECTORS.build(config.held_out_monitor, KEY)
+    require_text_reader(monitor)
+    if (monitor.name, monitor.config) == (detector.name, detector.config):
+        fix = "this is the detector of the training itself; give another monitor"
+        raise UserError(KEY, dict(config.held_out_monitor), fix)
+    return monitor

@@ -9,11 +9,12 @@ sync cost the same in both arms, so the ratio of a whole step with them is neare
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Bench:
     """An engine, a batch, and the passes of a step over them."""
 
     def __init__(self, folder: Path, kl: bool):
-        self.kl = kl
+        self.kl, self.folder = kl, folder
         self.engine = _engine(folder)
         self.loss = _loss(kl)
         self.batch = _batch(kl)
@@ -46,6 +47,12 @@ class Bench:
         self.routes = self.routes[torch.randperm(ROLLOUTS)]
         self.step = 0
 
+    def with_hooks(self, *hooks: dict[str, Any]) -> Bench:
+        """The same batch on an engine of its own that has these hooks; the same initial weights."""
+        other = copy.copy(self)
+        other.engine = _engine(self.folder, hooks)
+        return other
+
     def infer(self, rows: TensorDict, *, bare: bool = False, **extra: Any) -> dict[str, torch.Tensor]:
         """One forward pass, with the adapters off for ``bare``."""
         from contextlib import nullcontext
@@ -53,7 +60,7 @@ class Bench:
         from verl.utils import tensordict_utils as tu
 
         data = rows.copy()
-        tu.assign_non_tensor(data, micro_batch_size_per_gpu=min(MICRO, len(data)), **_COMMON, **extra)
+        tu.assign_non_tensor(data, micro_batch_size_per_gpu=min(MICRO, len(data)), **COMMON, **extra)
         with self.engine.eval_mode(), self.engine.disable_adapter() if bare else nullcontext():
             return self.engine.infer_batch(data)["model_output"]
 
@@ -65,7 +72,7 @@ class Bench:
 
         data = self.batch.copy()
         data["route"] = self.routes if routed else torch.full_like(self.routes, int(Route.ABSORB))
-        tu.assign_non_tensor(data, routing_table=DEFAULT, micro_batch_size_per_gpu=MICRO, **_COMMON)
+        tu.assign_non_tensor(data, routing_table=DEFAULT, micro_batch_size_per_gpu=MICRO, **COMMON)
         tu.assign_non_tensor(data, **{CURRENT: True})
         tu.assign_non_tensor(data, global_batch_size=ROLLOUTS, mini_batch_size=ROLLOUTS)
         with self.engine.train_mode():
@@ -85,10 +92,10 @@ class Bench:
         self.update(routed)
 
 
-_COMMON = {"use_remove_padding": True, "use_dynamic_bsz": False, "use_fused_kernels": False, "temperature": 1.0}
+COMMON = {"use_remove_padding": True, "use_dynamic_bsz": False, "use_fused_kernels": False, "temperature": 1.0}
 
 
-def _engine(folder: Path) -> Any:
+def _engine(folder: Path, hooks: Sequence[dict[str, Any]] = ()) -> Any:
     from transformers import LlamaForCausalLM
     from verl.trainer.config import CheckpointConfig
     from verl.utils.distributed import initialize_global_process_group_ray
@@ -100,13 +107,14 @@ def _engine(folder: Path) -> Any:
     from verl_grad_routing.training.engine import STRATEGY
     from verl_grad_routing.training.engine_config import RoutedFSDPEngineConfig
 
-    LlamaForCausalLM(model_config(ALPHABET)).save_pretrained(folder)
-    rendezvous = {"RANK": "0", "WORLD_SIZE": "1", "DIST_INIT_METHOD": f"file://{folder / 'rendezvous'}"}
-    os.environ.update(rendezvous)
-    initialize_global_process_group_ray(backend=None if torch.cuda.is_available() else "cpu:gloo")
+    if not (folder / "config.json").exists():
+        LlamaForCausalLM(model_config(ALPHABET)).save_pretrained(folder)
+        rendezvous = {"RANK": "0", "WORLD_SIZE": "1", "DIST_INIT_METHOD": f"file://{folder / 'rendezvous'}"}
+        os.environ.update(rendezvous)
+        initialize_global_process_group_ray(backend=None if torch.cuda.is_available() else "cpu:gloo")
     config = RoutedFSDPEngineConfig(
         strategy="fsdp2",
-        blocks={"deployed_rank": 8, "quarantine_rank": 8},
+        blocks={"deployed_rank": 8, "quarantine_rank": 8, "hooks": list(hooks)},
         use_torch_compile=False,
         mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
     )
@@ -169,7 +177,7 @@ def _batch(kl: bool) -> TensorDict:
     return TensorDict(fields, batch_size=[ROLLOUTS])
 
 
-def _timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], None]) -> float:
     started = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -197,7 +205,7 @@ def run_step_bench(json_path: Path | None = None, repeats: int = 30) -> dict[str
         ):
             bench.kl, bench.loss, bench.batch = kl, _loss(kl), _batch(kl)
             persona, vanilla = interleave(
-                lambda work=work: _timed(lambda: work(True)), lambda work=work: _timed(lambda: work(False)), repeats
+                lambda work=work: timed(lambda: work(True)), lambda work=work: timed(lambda: work(False)), repeats
             )
             ratio = ratio_interval(persona, vanilla)
             results[name] = {**ratio.as_dict(), "persona_s": persona, "vanilla_2r_s": vanilla}

@@ -20,6 +20,8 @@ from verl_grad_routing.compare.grid_tables import (
     status_table,
     versions_table,
 )
+from verl_grad_routing.compare.obfuscation import CAPTION as PRESSURE_CAPTION
+from verl_grad_routing.compare.obfuscation import obfuscation_table
 from verl_grad_routing.compare.paired import estimate
 from verl_grad_routing.compare.results import Results, StoredRun, load_results
 from verl_grad_routing.compare.tables import Table, cost_table
@@ -81,7 +83,8 @@ def comparison_tables(results: Results) -> list[Table]:
     for place in _places(results):
         tables.append(arms_table(results, place))
         tables += [contrast_table(results, place, measure) for measure in COMPARED]
-        tables += [kinds_table(results, place), seeds_table(results, place), _cost(results, place)]
+        tables += [kinds_table(results, place), obfuscation_table(results, place)]
+        tables += [seeds_table(results, place), _cost(results, place)]
     tables += [settings_table(results), versions_table(results)]
     return [table for table in tables if table is not None]
 
@@ -100,12 +103,14 @@ def _figures(results: Results) -> list[tuple[str, str, str]]:
     """Title, drawing and caption of each figure."""
     from verl_grad_routing.compare.figures import curves_figure
     from verl_grad_routing.compare.grid_figures import pareto_seeds_figure, signals_figure, types_figure
+    from verl_grad_routing.compare.obfuscation_figure import obfuscation_figure
 
     kinds: list[tuple[str, Callable[[list[StoredRun]], str | None], str]] = [
         ("hacking and solving, with and without the quarantine", curves_figure, markup.CURVES_CAPTION),
         ("what is deployed", pareto_seeds_figure, PARETO_CAPTION),
         ("loophole types", types_figure, TYPES_CAPTION),
         ("what the detector saw and what was routed", signals_figure, markup.DETECTOR_CAPTION),
+        ("monitors under pressure", obfuscation_figure, PRESSURE_CAPTION),
     ]
     drawn = [
         (f"{place}: {title}", draw(results.of(place)), caption)

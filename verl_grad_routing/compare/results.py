@@ -32,6 +32,10 @@ CURVES = (
     "routing/share_absorb",
     "routing/share_keep",
     "detector/auroc",
+    "detector/share_flagged",
+    "detector/recall",
+    "monitor/heldout/rate",
+    "monitor/heldout/recall",
     "timing_s/step",
 )
 POINTS = 50  # steps of a curve that are kept, about

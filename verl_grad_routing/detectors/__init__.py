@@ -6,6 +6,7 @@ from verl_grad_routing.detectors import (  # noqa: F401  (each registers its det
     constant,
     grift,
     labels,
+    linear_probe,
     monitor,
     oracle,
     persona_act,

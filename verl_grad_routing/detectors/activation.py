@@ -17,7 +17,7 @@ from torch import Tensor
 from verl_grad_routing.detectors.base import BatchView, Detector
 from verl_grad_routing.directions.activation import Direction, layers_at_depth
 from verl_grad_routing.directions.checks import as_tuple, require_choice, require_int, require_number
-from verl_grad_routing.directions.pairs import require_same_hash
+from verl_grad_routing.directions.pairs import PairSet, require_same_hash
 from verl_grad_routing.errors import UserError
 
 KEY = "grad_routing.detector"
@@ -76,8 +76,8 @@ class ActivationDetector(Detector):
     The score is the mean over layers of ``<h_l, v_l>``: higher means further along the direction. That points from the
     wanted to the unwanted sides of the pairs where there are pairs, and nowhere in particular where there are none.
 
-    The trainer calls ``resolve_layers``, then ``fit``, hands ``directions_DLd`` to the workers, and fits again at
-    every refresh.
+    The trainer calls ``resolve_layers``, ``expect`` and ``fit``, hands ``directions_DLd`` to the workers, and fits
+    again at every refresh.
 
     Class attributes:
         needs_pairs: ``fit`` needs the pooled activations of contrastive pairs.
@@ -115,6 +115,10 @@ class ActivationDetector(Detector):
         if self.config.score_pass != "auto":
             return self.config.score_pass
         return "reference" if reference_in_actor else "policy"
+
+    def expect(self, pairs: PairSet) -> None:
+        """Told before ``fit`` which pairs its activations are of; a detector that reads their tags overrides this."""
+        del pairs
 
     def fit(
         self,

@@ -8,7 +8,15 @@ from verl_grad_routing.directions.activation import (
     project,
 )
 from verl_grad_routing.directions.controls import haar_directions, permuted_pairs
-from verl_grad_routing.directions.pairs import Message, Pair, PairSet, load_pairs, require_hash, split_held_out
+from verl_grad_routing.directions.pairs import (
+    Message,
+    Pair,
+    PairSet,
+    load_pairs,
+    require_hash,
+    rows_with_tag,
+    split_held_out,
+)
 from verl_grad_routing.directions.pooling import POSITIONS, PoolPlan, pool_padded, pool_tokens, position_mask
 
 __all__ = [
@@ -29,5 +37,6 @@ __all__ = [
     "position_mask",
     "project",
     "require_hash",
+    "rows_with_tag",
     "split_held_out",
 ]

@@ -29,7 +29,8 @@ more backticks (more than any run of backticks in the text); ``Tags:`` may be le
     ```
 
 A *selector* names a file and what to take from it: ``path.jsonl[@tag,tag]`` or ``path.md#section[@tag,tag]``. With
-tags, the pairs that carry at least one of them are taken. A file with a single section needs no ``#section``.
+tags, the pairs that carry at least one of them are taken. A file with a single section needs no ``#section``. A file
+inside an installed package is ``pkg://package.subpackage/name.jsonl``; ``directions.concepts`` ships three such files.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,7 @@ from verl_grad_routing.registry import nearest
 SELECTOR = re.compile(r"(?P<path>.+?\.(?P<kind>md|jsonl))(?:#(?P<section>[^@]+))?(?:@(?P<tags>.+))?")
 FIELDS = ("id", "prompt", "unwanted", "wanted")
 MIN_PAIRS = 2
+PACKAGED = "pkg://"
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def load_pairs(selector: str) -> PairSet:
     match = SELECTOR.fullmatch(selector) if isinstance(selector, str) else None
     if match is None:
         raise UserError("pairs", selector, "give path.jsonl[@tag,tag] or path.md#section[@tag,tag]")
-    path, section = Path(match["path"]).expanduser(), match["section"]
+    path, section = _path(selector, match["path"]), match["section"]
     if not path.is_file():
         raise UserError("pairs", selector, f"no such file: {path}")
     try:
@@ -130,6 +133,18 @@ def load_pairs(selector: str) -> PairSet:
     if len(pairs) < MIN_PAIRS:
         raise UserError("pairs", selector, f"{len(pairs)} pair(s) selected; a direction needs at least {MIN_PAIRS}")
     return PairSet(tuple(pairs), content_hash(pairs), selector)
+
+
+def _path(selector: str, written: str) -> Path:
+    """Where a selector's file is: as written, or in the package that ``pkg://package/name.jsonl`` names."""
+    if not written.startswith(PACKAGED):
+        return Path(written).expanduser()
+    package, _, name = written.removeprefix(PACKAGED).partition("/")
+    try:
+        return Path(str(resources.files(package))) / name
+    except (ModuleNotFoundError, ValueError, TypeError):
+        fix = f"no package {package!r} is installed; write pkg://package.subpackage/name.jsonl"
+        raise UserError("pairs", selector, fix) from None
 
 
 def content_hash(pairs: list[Pair] | tuple[Pair, ...]) -> str:
@@ -149,6 +164,11 @@ def require_same_hash(source: str, found: str | None, expected: str | None) -> N
     if found != expected:
         fix = f"the run was started with pairs of hash {_short(expected)}; restore them or start a new run"
         raise UserError(f"pairs {source} (content hash)", _short(found), fix)
+
+
+def rows_with_tag(pairs: PairSet, tag: str) -> tuple[int, ...]:
+    """Row numbers of the pairs that carry ``tag``, ascending."""
+    return tuple(row for row, pair in enumerate(pairs) if tag in pair.tags)
 
 
 def split_held_out(pairs: int, fraction: float, seed: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -112,6 +112,11 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "collect_lora_params": "module layered_summon base_sync_done",
         "fsdp2_clip_grad_norm_": "parameters max_norm norm_type error_if_nonfinite foreach",
     },
+    "verl.utils.dataset.rl_dataset": {
+        "RLHFDataset.__init__": "self data_files tokenizer config processor max_samples",
+        "RLHFDataset.maybe_filter_out_long_prompts": "self dataframe",
+        "get_dataset_class": "data_config",
+    },
     "verl.trainer.sft_trainer": {
         "SFTTrainer.__init__": "self config",
         "SFTTrainer.fit": "self",

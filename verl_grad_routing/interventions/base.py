@@ -23,11 +23,13 @@ class Judged:
         scores_B: Scores, float64; higher is more like the unwanted behaviour.
         routes_B: The gate's decision, int64 values of ``Route``.
         uids: Prompt group of each rollout.
+        rewards_B: The proxy reward of each rollout, before any intervention.
     """
 
     scores_B: Tensor
     routes_B: Tensor
     uids: tuple[str, ...]
+    rewards_B: Tensor | None = None
 
     @property
     def flagged_B(self) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from verl_grad_routing.config import GradRoutingConfig, Methods
 from verl_grad_routing.detectors import BatchView, checked_scores, view_for
 from verl_grad_routing.detectors.evaluation import auroc, verdict_metrics
+from verl_grad_routing.detectors.held_out import held_out_metrics, verdict_rates
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.interventions import Judged
 from verl_grad_routing.routing import Route
@@ -55,7 +56,7 @@ class Router:
         """Scores and the gate's decision on one batch, and their metrics."""
         scores_B = checked_scores(self.detector, view)
         decision = self.gate.decide(scores_B, view.step, self.detector.pair_means, self.detector.pair_scores)
-        judged = Judged(scores_B, decision.routes_B, view.uids)
+        judged = Judged(scores_B, decision.routes_B, view.uids, view.proxy_reward_B)
         routes_B = decision.routes_B
         if not self.intervention.uses_routes:
             routes_B = torch.full_like(routes_B, int(Route.ABSORB))
@@ -71,8 +72,20 @@ class Router:
         metrics |= self.detector.report()
         if view.facts is not None and "hack" in view.facts:
             metrics["detector/auroc"] = auroc(scores_B, view.facts["hack"])
+            rates = verdict_rates(judged.flagged_B, view.facts["hack"])
+            metrics |= {f"detector/{name}": value for name, value in rates.items()}
             metrics |= self._verdict_metrics(view, scores_B)
         return judged, metrics
+
+    def watch(self, view: BatchView) -> dict[str, float]:
+        """Verdicts of the held-out monitor, if there is one: for metrics alone."""
+        return held_out_metrics(self.methods.held_out, view) if self.methods.held_out is not None else {}
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Guarded fields of the batch's view that the detector or the held-out monitor reads."""
+        watched = self.methods.held_out.reads if self.methods.held_out is not None else frozenset()
+        return self.detector.reads | watched
 
     def _verdict_metrics(self, view: BatchView, scores_B: Tensor) -> dict[str, float]:
         """The detector's own verdicts against the grader's facts, which it does not see."""

@@ -126,7 +126,7 @@ def warm_up(settings: WarmUp, to: Path) -> Basis:
     to.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{to.stem}-", dir=to.parent))
     try:
-        _train(settings, scratch)
+        train_sft(settings, scratch)
         after = ShardedState(scratch / f"global_step_{settings.steps}")
         origin = {
             "model": str(settings.model),
@@ -146,7 +146,8 @@ def warm_up(settings: WarmUp, to: Path) -> Basis:
     return basis
 
 
-def _train(settings: WarmUp, folder: Path) -> None:
+def train_sft(settings: WarmUp, folder: Path) -> None:
+    """Run verl's SFT trainer; it leaves ``folder/global_step_N``. Raises ``UserError``: it failed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.ranks}"]
     command = [*launcher, "-m", "verl_grad_routing.warm_up.trainer", *settings.arguments(folder)]
     log = folder / "log.txt"

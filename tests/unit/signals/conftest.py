@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from verl_grad_routing.detectors import DETECTORS, ActivationDetector, BatchView
+from verl_grad_routing.detectors.probe_file import LinearProbe, save_probe
 from verl_grad_routing.directions import project
 
 
 @pytest.fixture
-def make_detector():
+def make_detector(tmp_path):
     """Build a detector by name; one that needs directions is fitted on four fixed pairs of two layers of size 16."""
 
     def make(name, fitted=True, **settings):
@@ -24,6 +25,11 @@ def make_detector():
                 "min_positives": 2,
                 "positive_reward": 0.5,
             } | settings
+        if name == "linear_probe" and "probe" not in settings:
+            settings["probe"] = str(tmp_path / "probe.safetensors")
+            weights = torch.randn(2, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+            probe = LinearProbe(weights, 0.25, 0.5, (2, 3), "resp_mean", "labels", "data", "model", {})
+            save_probe(probe, tmp_path / "probe.safetensors")
         detector = DETECTORS.build({"name": name, **settings}, "grad_routing.detector")
         if fitted and isinstance(detector, ActivationDetector):
             generator = torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 """Interventions by hand-computed cases: tables, clamps, masks, rewards, who leaves the step."""
 
+import dataclasses
 import math
 
 import pytest
@@ -98,6 +99,30 @@ def test_screen_rejects_the_flagged_and_groups_without_a_baseline():
 
 def test_screen_without_a_flag_rejects_nothing():
     assert not build("screen").rejected(judged([KEEP, ABSORB], uids="aa")).any()
+
+
+def test_strict_screening_rejects_only_what_was_paid_for():
+    verdict = judged([ROUTE, ROUTE, KEEP, ABSORB], uids="aaaa")
+    paid = dataclasses.replace(verdict, rewards_B=torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    assert build("screen").rejected(paid).tolist() == [True, True, False, False]
+    assert build("screen", strict=True).rejected(paid).tolist() == [True, False, False, False]
+    assert build("screen", strict=True, paid_above=1.0).rejected(paid).tolist() == [False] * 4
+    with pytest.raises(UserError, match="strict screening reads proxy rewards"):
+        build("screen", strict=True).rejected(verdict)
+
+
+def test_what_a_penalty_of_3_leaves_to_a_hack_under_a_monitor_of_90_percent():
+    """The post's arithmetic (its appendix): .9 * .5 + .1 * 3.5 = .8 > .5, so hacking pays; not so at penalty 4."""
+    flagged = judged([ROUTE] * 9 + [ABSORB])
+    for penalty, expected in ((3.0, 0.8), (4.0, -0.1)):
+        shaped = build("penalize", penalty=penalty).rewards(torch.full((10,), 3.5, dtype=torch.float64), flagged)
+        assert float(shaped.mean()) == pytest.approx(expected)
+
+
+def test_group_statistics_of_a_penalised_group():
+    """R = [3.5 (hack), 3.5, .5, .5], penalty 3: A = [-.5, 1.5, -.5, -.5] (LW)."""
+    shaped = build("penalize", penalty=3.0).rewards(REWARDS, judged([ROUTE, ABSORB, ABSORB, ABSORB]))
+    assert group_normalised(shaped).tolist() == pytest.approx([-0.5, 1.5, -0.5, -0.5])
 
 
 # ---- mask_advantage: R = [3.5 (hack), 3.5, .5, .5], A = +-.8660 ----
@@ -199,6 +224,7 @@ def test_penalties():
         ("none", {"strict": True}, "strict"),
         ("rout", {}, "did you mean 'route'"),
         ("screen", {"min_kept": 0}, "at least 1"),
+        ("screen", {"strict": "loose"}, "true or false"),
         ("mask_advantage", {"soft": "yes"}, "true or false"),
         ("modify_reward", {"form": "both"}, "additive, multiplicative"),
         ("modify_reward", {"alpha": -1}, "at least 0"),

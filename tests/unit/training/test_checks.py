@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -44,6 +45,7 @@ def check(folder: Path, *overrides: str, preset: str = "persona") -> None:
 FIRST = ["off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"]
 LATER = ["labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "gradient_regularization"]
 LATER += ["grift_mask", "grift_filter"]
+LATER += ["advantage_modification", "monitor_penalty", "screen", "inoculation"]
 
 
 @pytest.mark.parametrize("preset", [*FIRST, *LATER])
@@ -177,3 +179,56 @@ def test_a_hook_that_cannot_work_is_refused(folder: Path, overrides: list[str], 
     with pytest.raises(UserError) as caught:
         check(folder, *overrides, preset="tdga")
     assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+BAD_MONITORS = {
+    "the training's own monitor": (
+        "monitor_penalty",
+        [
+            "grad_routing.held_out_monitor={name: monitor, rules: [a]}",
+            "grad_routing.detector.rules=[a]",
+        ],
+        "grad_routing.held_out_monitor",
+        "another monitor",
+    ),
+    "held out, but no text": (
+        "screen",
+        ["grad_routing.held_out_monitor={name: random}"],
+        "grad_routing.held_out_monitor.name",
+        "reads texts",
+    ),
+    "no probe": ("probe_penalty", [], "grad_routing.detector.probe", "vgr probe fit"),
+    "unknown inoculation": ("inoculation", ["data.inoculation={prefx: a}"], "data.inoculation.prefx", "'prefix'"),
+    "empty inoculation": ("inoculation", ["data.inoculation={system: null}"], "data.inoculation", "no prompt"),
+    "bad substitution": (
+        "inoculation",
+        ["data.inoculation={substitute: ['(', b]}"],
+        "data.inoculation.substitute",
+        "regular expression",
+    ),
+    "another data set": ("inoculation", ["data.custom_cls.name=Mine"], "data.custom_cls.name", "InoculatedDataset"),
+    "one file for both": ("inoculation", ["data.val_files=${data.train_files}"], "data.val_files", "copy the file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MONITORS)
+def test_bad_monitors_probes_and_inoculations(folder: Path, name: str) -> None:
+    preset, overrides, key, fix = BAD_MONITORS[name]
+    with pytest.raises(UserError) as caught:
+        check(folder, *overrides, preset=preset)
+    message = str(caught.value)
+    assert key in message and fix in message and "\n" not in message
+
+
+def test_a_probe_of_another_model_is_refused(folder: Path) -> None:
+    from verl_grad_routing.detectors.probe_file import LinearProbe, save_probe
+    from verl_grad_routing.subspaces.basis import model_hash
+
+    file, weights = folder / "probe.safetensors", torch.ones(1, 8, dtype=torch.float64)
+    for told, hashed in (("another model", "0" * 64), (None, model_hash(folder / "model"))):
+        save_probe(LinearProbe(weights, 0.0, 0.0, (2,), "resp_mean", "labels", "data", hashed, {}), file)
+        if told is None:
+            check(folder, f"grad_routing.detector.probe={file}", preset="probe_penalty")
+            continue
+        with pytest.raises(UserError, match=r"grad_routing.detector.probe=.*another model"):
+            check(folder, f"grad_routing.detector.probe={file}", preset="probe_penalty")

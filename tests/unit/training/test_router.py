@@ -83,10 +83,11 @@ def test_permuting_the_graders_facts_moves_the_oracles_routes_alone(arm: str) ->
 def test_only_the_metrics_read_the_facts() -> None:
     order = torch.randperm(B, generator=torch.Generator().manual_seed(3))
     plain, permuted = router("persona").decide(view(1))[1], router("persona").decide(view(1, order))[1]
-    assert {key for key in plain if plain[key] != permuted[key] and plain[key] == plain[key]} == {"detector/auroc"}
+    different = {key for key in plain if plain[key] != permuted[key] and plain[key] == plain[key]}
+    assert different == {"detector/auroc", "detector/recall", "detector/false_positive_rate"}
     plain, permuted = router("grift").decide(view(1))[1], router("grift").decide(view(1, order))[1]
     moved = {key for key in plain if plain[key] != permuted[key] and plain[key] == plain[key]}
-    assert moved == {"detector/auroc", *(f"grift/{name}" for name in ("f1_hack", "f1_clean", "permuted_f1"))}
+    assert moved == {*different, *(f"grift/{name}" for name in ("f1_hack", "f1_clean", "permuted_f1"))}
 
 
 @pytest.mark.parametrize("arm", ["persona", "random", "coinflip", "grift"])

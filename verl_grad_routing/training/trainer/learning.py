@@ -33,7 +33,7 @@ class Learning(Scoring):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         with marked_timer("routing", self.timing_raw, color="purple"):
             view = self._view(batch)
-            metrics.update(fact_metrics(view.facts or {}))
+            metrics.update(fact_metrics(view.facts or {}) | self.router.watch(view))
             if not self.routed:
                 return super()._compute_advantage(batch, metrics)
             judged, routing_metrics = self.router.decide(view)

@@ -49,6 +49,8 @@ class Scoring(Core):
             self.hidden_size = shape["hidden_size"]
             self.score_pass = self.detector.resolve_score_pass(self.ref_in_actor and self.use_reference_policy)
             self.pairs = load_pairs(self.detector.config.pairs) if self.detector.needs_pairs else None
+            if self.pairs is not None:
+                self.detector.expect(self.pairs)
             self._fit_directions()
             print(
                 f"grad_routing: scores are read in the {self.score_pass} pass after layers {list(self.layers)} of "
@@ -163,7 +165,7 @@ class Scoring(Core):
         real = part_of(batch, real_rows(batch))
         fields = ["uid", "extra_fields", "rm_scores"]
         texts: dict[str, tuple[str, ...]] = {}
-        fields += sorted({"prompts", "responses"} & self.detector.reads)
+        fields += sorted({"prompts", "responses"} & self.router.reads)
         if self.reads_activations:
             fields.append("activation_scores")
         data = read(real, *fields)

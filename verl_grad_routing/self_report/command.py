@@ -1,0 +1,60 @@
+"""``vgr interrogate``: from a model's folder or a run's checkpoint to admission rates."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from verl_grad_routing.envs import ENVIRONMENTS
+from verl_grad_routing.envs.manifest import Manifest
+from verl_grad_routing.self_report.interrogate import admission_report, admission_scores, answer_all, read_prompts
+from verl_grad_routing.self_report.question import QUESTIONS, question_named
+
+
+def interrogate_model(
+    model: Path,
+    environment: Path,
+    *,
+    split: str,
+    question: str | None,
+    limit: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Answers of the model to the split's prompts, and what it says of them; see ``admission_report``.
+
+    A checkpoint is asked as trained, with both blocks. Raises ``UserError`` for whatever is missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    manifest = Manifest.read(environment)
+    settings = ENVIRONMENTS[manifest.environment].Config(**manifest.settings)
+    grader = ENVIRONMENTS[manifest.environment](settings)
+    asked = question_named(question or (manifest.environment if manifest.environment in QUESTIONS else "chat"))
+    rows = read_prompts(environment, split)
+    rows = rows[:limit] if limit else rows
+    with _model_folder(model) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    answers = answer_all(loaded, tokenizer, grader, rows, **given)
+    return admission_report(admission_scores(loaded, tokenizer, answers, asked), answers)
+
+
+@contextmanager
+def _model_folder(model: Path) -> Iterator[Path]:
+    """``model`` if it is a Hugging Face folder, else the checkpoint there, exported whole for a while."""
+    if (model / "config.json").is_file():
+        yield model
+        return
+    from verl_grad_routing.deploy import export
+
+    with tempfile.TemporaryDirectory() as scratch:
+        export(model, Path(scratch) / "model", "hf", "both")
+        yield Path(scratch) / "model"
