@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from verl_grad_routing.confessions.settings import ConfessionsConfig
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import build_config, load_external_methods
 
@@ -63,7 +64,8 @@ class EnvironmentConfig:
     """What ``+grad_routing/environment=...`` sets: the name, the folder that ``vgr prepare`` wrote, its pairs.
 
     ``monitor_rules`` are those of a weak monitor: they know what the pairs know and nothing else. ``probe_layers`` is
-    how many layers of the environment's own model carry a gradient probe; ``None`` leaves it to the preset.
+    how many layers of the environment's own model carry a gradient probe; ``None`` leaves it to the preset. The
+    ``confession_*`` are form, length and judge of its model's confessions.
     """
 
     name: str = ""
@@ -71,6 +73,9 @@ class EnvironmentConfig:
     pairs: str = ""
     monitor_rules: tuple[str, ...] = ()
     probe_layers: int | None = None
+    confession_format: str = "schema"
+    confession_tokens: int = 512
+    confession_judge: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class GradRoutingConfig:
         detector: ``name`` and settings of a detector (``vgr list detectors``).
         gate: ``name`` and settings of a gate (``vgr list gates``).
         intervention: ``name`` and settings of an intervention (``vgr list interventions``).
+        confessions: Confessions after some answers, see ``ConfessionsConfig``; off by default.
         seed: Seed of the random draws of detectors.
         quarantine_off_share: Share of training rollouts sampled with the quarantine ablated.
         validate_swapped: Control: also validate with the deployed block ablated instead of the quarantine.
@@ -100,6 +106,7 @@ class GradRoutingConfig:
     detector: Mapping[str, Any] = field(default_factory=lambda: {"name": "constant"})
     gate: Mapping[str, Any] = field(default_factory=lambda: {"name": "absorb_all"})
     intervention: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+    confessions: ConfessionsConfig = field(default_factory=ConfessionsConfig, metadata={"config": ConfessionsConfig})
     seed: int = 0
     quarantine_off_share: float = 0.0
     validate_swapped: bool = False
