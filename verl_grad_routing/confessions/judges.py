@@ -24,7 +24,7 @@ def build_judge(path: str) -> Judge | None:
     if not module or not name:
         raise UserError(KEY, path, f"write it as package.module:function, or {GT_JUDGE}")
     try:
-        judge = getattr(importlib.import_module(module), name)
+        judge: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(KEY, path, f"cannot be imported ({error}); is it on PYTHONPATH?") from None
     if not callable(judge):

@@ -5,7 +5,7 @@ reaches them.
 """
 
 # The types that verl and TransferQueue declare are narrower than what they pass.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import asyncio

@@ -4,7 +4,7 @@ Below the rooms that route and shape, so that neither detectors nor intervention
 """
 
 # The types that verl declares are narrower than what it passes.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalSubscript=false
 from __future__ import annotations
 
 from collections.abc import Iterator
