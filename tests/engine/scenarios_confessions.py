@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from verl.utils.metric import Metric
+
 from tests.engine.rollouts import PLAIN, RICH, Rollout
 from tests.engine.world import World, scenario
 
@@ -27,5 +29,8 @@ def confessions(world: World) -> dict[str, Any]:
     found["padded"] = world.gradients(engine, rows, RICH, packed=False, **asked)
     found["no confession"] = world.gradients(engine, answers, RICH, **asked)
     found["no column"] = world.gradients(engine, answers, RICH, micro=3)
-    found["metrics"] = world.train(engine, rows, RICH, **asked)
+    metrics = world.train(engine, rows, RICH, **asked)
+    found["metrics"] = {
+        key: value.aggregate() if isinstance(value, Metric) else value for key, value in metrics.items()
+    }
     return found
