@@ -27,9 +27,9 @@ def build_judge(path: str) -> Judge | None:
         judge: Any = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(KEY, path, f"cannot be imported ({error}); is it on PYTHONPATH?") from None
-    if not callable(judge):
-        raise UserError(KEY, path, "must be a function of (prompt, answer, confession)")
-    return judge
+    if callable(judge):
+        return judge  # pyright: ignore[reportReturnType]
+    raise UserError(KEY, path, "must be a function of (prompt, answer, confession)")
 
 
 def visible(text: str, reasoning_end: str | None) -> str:

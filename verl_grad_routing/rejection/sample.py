@@ -117,7 +117,8 @@ def _by_transformers(settings: Rft, tokenizer: Any, prompts: Sequence[list[int]]
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(settings.model).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(settings.model)
+    model.to(device).eval()
     torch.manual_seed(settings.seed)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ends = model.generation_config.eos_token_id
@@ -132,7 +133,7 @@ def _by_transformers(settings: Rft, tokenizer: Any, prompts: Sequence[list[int]]
         ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         with torch.inference_mode():
-            out = model.generate(  # type: ignore[operator]
+            out = model.generate(
                 ids_BT, attention_mask=mask_BT, max_new_tokens=settings.max_tokens, pad_token_id=pad, **how
             )
         responses += [_until_end(row, ends) for row in out[:, width:].tolist()]

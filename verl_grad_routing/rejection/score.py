@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from verl_grad_routing.detectors import DETECTORS, BatchView, checked_scores
-from verl_grad_routing.detectors.grift import Abstained, Grift
+from verl_grad_routing.detectors.fingerprint import FingerprintDetector
+from verl_grad_routing.detectors.grift import Abstained
 from verl_grad_routing.directions import PoolPlan
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.fingerprints import Fingerprints, GradientProbe, GradientTaps, padded_spans, probed_modules
@@ -22,14 +23,14 @@ from verl_grad_routing.rejection.sample import Sample
 BATCH = 16  # responses of one forward and backward pass
 
 
-def build_detector(settings: dict[str, Any], positive_reward: float) -> Grift:
+def build_detector(settings: dict[str, Any], positive_reward: float) -> FingerprintDetector:
     """Detector ``grift`` with these settings. Raises ``UserError``."""
     detector = DETECTORS.build({"name": "grift", "positive_reward": positive_reward, **settings}, "--detector")
-    assert isinstance(detector, Grift)
+    assert isinstance(detector, FingerprintDetector)
     return detector
 
 
-def grift_scores(model: Path, correct: Sequence[Sample], detector: Grift) -> Tensor:
+def grift_scores(model: Path, correct: Sequence[Sample], detector: FingerprintDetector) -> Tensor:
     """Scores [B], float64; above 0.5 is hacking.
 
     Raises:
@@ -70,8 +71,8 @@ def _loaded(model: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = AutoModelForCausalLM.from_pretrained(model).to(device).eval()
-    return net.requires_grad_(False)
+    net: Any = AutoModelForCausalLM.from_pretrained(model)
+    return net.to(device).eval().requires_grad_(False)
 
 
 def _padded(rows: Sequence[Sample], device: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -97,13 +97,13 @@ class Confessing(Core):
             return batch
         asked = part_of(batch, drawn.asked)
         spoken = self._rollouts(self.config.actor_rollout_ref.rollout).ask(asked, settings.per_answer)
+        kept = [one for one in spoken if drawn.asked[one.row] in set(drawn.taught)]
+        rewards = judged(build_judge(str(settings.judge)), [one.confession for one in kept])
+        confessions = put_confessions(asked, kept, rewards)
         if not settings.sealed:
             for row, answer in enumerate(drawn.asked):
                 admitted = [one.confession.confessed is True for one in spoken if one.row == row]
                 batch.tags[answer][PENALTY] = settings.penalty * sum(admitted) / len(admitted)
-        kept = [one for one in spoken if drawn.asked[one.row] in set(drawn.taught)]
-        rewards = judged(build_judge(str(settings.judge)), [one.confession for one in kept])
-        confessions = put_confessions(asked, kept, rewards)
         answers, left = part_of(batch, drawn.answers), rest_of(batch, drawn.answers)
         if left.keys:
             tq.kv_clear(keys=left.keys, partition_id=batch.partition_id)
