@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from verl_grad_routing.confessions.settings import ConfessionsConfig
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import build_config, load_external_methods
 
@@ -64,7 +65,8 @@ class EnvironmentConfig:
 
     ``monitor_rules`` are those of a weak monitor: they know what the pairs know and nothing else. ``probe_layers`` is
     how many layers of the environment's own model carry a gradient probe; ``None`` leaves it to the preset.
-    ``held_out_monitor`` and ``inoculation`` are what the presets take for the settings of that name.
+    ``held_out_monitor`` and ``inoculation`` are what the presets take for the settings of that name, the
+    ``confession_*`` form, length and judge of its model's confessions.
     """
 
     name: str = ""
@@ -74,6 +76,9 @@ class EnvironmentConfig:
     probe_layers: int | None = None
     held_out_monitor: Mapping[str, Any] | None = None
     inoculation: Mapping[str, Any] | None = None
+    confession_format: str = "schema"
+    confession_tokens: int = 512
+    confession_judge: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,7 @@ class GradRoutingConfig:
         gate: ``name`` and settings of a gate (``vgr list gates``).
         intervention: ``name`` and settings of an intervention (``vgr list interventions``).
         held_out_monitor: ``name`` and settings of a detector that reads texts and whose verdicts are only logged.
+        confessions: Confessions after some answers, see ``ConfessionsConfig``; off by default.
         seed: Seed of the random draws of detectors.
         quarantine_off_share: Share of training rollouts sampled with the quarantine ablated.
         validate_swapped: Control: also validate with the deployed block ablated instead of the quarantine.
@@ -105,6 +111,7 @@ class GradRoutingConfig:
     gate: Mapping[str, Any] = field(default_factory=lambda: {"name": "absorb_all"})
     intervention: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
     held_out_monitor: Mapping[str, Any] | None = None
+    confessions: ConfessionsConfig = field(default_factory=ConfessionsConfig, metadata={"config": ConfessionsConfig})
     seed: int = 0
     quarantine_off_share: float = 0.0
     validate_swapped: bool = False

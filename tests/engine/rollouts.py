@@ -30,6 +30,7 @@ class Rollout:
     advantages: Tensor
     route: int
     weight: float = 1.0
+    confession: bool = False
 
     @property
     def tokens(self) -> Tensor:

@@ -143,6 +143,7 @@ def batch(
     max_tokens: int | None = None,
     table: Any = DEFAULT,
     weighted: bool = False,
+    confessing: bool = False,
     **extra: Any,
 ) -> TensorDict:
     """verl's no-padding batch of ``rows`` out of a global mini-batch of ``total`` rows.
@@ -181,6 +182,8 @@ def batch(
     if table is not None:
         tensors["route"] = torch.tensor([row.route for row in rows])
         settings["routing_table"] = table
+    if confessing:
+        tensors["confession"] = torch.tensor([int(row.confession) for row in rows])
     if weighted:
         tensors["route_weight"] = torch.tensor([row.weight for row in rows])
     return tu.get_tensordict(tensors, settings)

@@ -50,6 +50,8 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "PPOTrainer._compute_ref_log_prob": "self batch metrics",
         "PPOTrainer._compute_advantage": "self batch metrics",
         "PPOTrainer._update_actor": "self batch metrics",
+        "PPOTrainer._compute_metrics": "self batch metrics timing_raw global_steps epoch",
+        "PPOTrainer.get_llm_client": "self",
         "PPOTrainer._validate": "self",
         "PPOTrainer._save_checkpoint": "self",
         "PPOTrainer._load_checkpoint": "self",
@@ -68,6 +70,9 @@ _TABLE: dict[str, dict[str, str | None]] = {
     },
     "verl.workers.rollout.llm_server": {
         "LLMServerManager.get_addresses": "self",
+        "LLMServerClient.generate": (
+            "self request_id prompt_ids sampling_params image_data video_data audio_data mm_processor_kwargs **kwargs"
+        ),
     },
     "verl.trainer.ppo.padding_utils": {
         "upsample_batch_to_divisible_size": "batch batch_multiple eos_token_id",
@@ -125,6 +130,10 @@ _TABLE: dict[str, dict[str, str | None]] = {
     "verl.utils.distributed": {
         "initialize_global_process_group_ray": "timeout_second backend",
         "destroy_global_process_group": "",
+    },
+    "verl.utils.tensordict_utils": {
+        "index_select_tensor_dict": "batch indices",
+        "list_of_dict_to_tensordict": "list_of_dicts",
     },
     "verl.workers.config.optimizer": {
         "build_optimizer": "parameters config",

@@ -28,7 +28,7 @@ def self_report_model(settings: WarmUp, to: Path) -> Path:
     to.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{to.name}-", dir=to.parent))
     try:
-        train_sft(settings, scratch)
+        train_sft("self-report", settings, scratch)
         _save(settings, ShardedState(scratch / f"global_step_{settings.steps}"), scratch / "model")
         (scratch / "model").rename(to)
     finally:

@@ -26,9 +26,23 @@ def plain(column: Any) -> list:
     return column.tolist() if hasattr(column, "tolist") else list(column)
 
 
-def real_rows(batch: KVBatchMeta) -> list[int]:
-    """Row numbers of the rollouts; the others are verl's padding, without response tokens."""
+CONFESSION = "confession"
+"""Tag and column of a row that is a confession about another rollout."""
+
+
+def live_rows(batch: KVBatchMeta) -> list[int]:
+    """Row numbers without verl's padding, which has no response tokens."""
     return [row for row, tag in enumerate(batch.tags) if not tag.get("is_padding", False)]
+
+
+def real_rows(batch: KVBatchMeta) -> list[int]:
+    """Row numbers of the rollouts that answer a prompt: neither padding nor confessions."""
+    return [row for row in live_rows(batch) if not batch.tags[row].get(CONFESSION, False)]
+
+
+def confession_rows(batch: KVBatchMeta) -> list[int]:
+    """Row numbers of the confessions."""
+    return [row for row in live_rows(batch) if batch.tags[row].get(CONFESSION, False)]
 
 
 def part_of(batch: KVBatchMeta, rows: Sequence[int]) -> KVBatchMeta:

@@ -39,6 +39,7 @@ from verl_grad_routing.routing import (
 )
 from verl_grad_routing.training import export
 from verl_grad_routing.training.block_step import BlockStep
+from verl_grad_routing.training.confession_loss import with_confessions
 from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
 from verl_grad_routing.training.fingerprint_step import fingerprint_step, gradient_probe
 from verl_grad_routing.training.own_gate import CURRENT, with_current_log_probs
@@ -200,6 +201,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
         if not forward_only:
+            loss_function = with_confessions(loss_function, data, self.get_data_parallel_group())
             self._mass_2 = self._block_mass(data)
             self._gradients_anew = partial(self._recompute, data, loss_function)
         return self._pass(data, loss_function, forward_only)

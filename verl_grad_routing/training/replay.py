@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class RoutedReplayBuffer(ReplayBuffer):
         self.rollout_timeout_s, self.record_dir, self.replay_dir = rollout_timeout_s, record_dir, replay_dir
         self.poll_interval = min(self.poll_interval, POLL_S)
         self._progress: tuple[int, float] = (-1, time.monotonic())
+        self.after_sample: Callable[[KVBatchMeta], KVBatchMeta] | None = None  # while the rollout engine is still awake
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
         finished = len(self.finished_keys[partition_id]) + len(self.failure_keys[partition_id])
@@ -55,8 +57,10 @@ class RoutedReplayBuffer(ReplayBuffer):
         batch, metrics = super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
         if partition_id == "train" and self.replay_dir:
             tq.kv_clear(keys=batch.keys, partition_id=partition_id)
-            batch = load_batch(self.replay_dir, global_steps)
-        elif partition_id == "train" and self.record_dir:
+            return load_batch(self.replay_dir, global_steps), metrics
+        if self.after_sample is not None:
+            batch = self.after_sample(batch)
+        if partition_id == "train" and self.record_dir:
             save_batch(self.record_dir, global_steps, batch)
         return batch, metrics
 

@@ -126,7 +126,7 @@ def warm_up(settings: WarmUp, to: Path) -> Basis:
     to.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{to.stem}-", dir=to.parent))
     try:
-        train_sft(settings, scratch)
+        train_sft("warm-up", settings, scratch)
         after = ShardedState(scratch / f"global_step_{settings.steps}")
         origin = {
             "model": str(settings.model),
@@ -146,20 +146,29 @@ def warm_up(settings: WarmUp, to: Path) -> Basis:
     return basis
 
 
-def train_sft(settings: WarmUp, folder: Path) -> None:
-    """Run verl's SFT trainer; it leaves ``folder/global_step_N``. Raises ``UserError``: it failed."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.ranks}"]
-    command = [*launcher, "-m", "verl_grad_routing.warm_up.trainer", *settings.arguments(folder)]
+def train_sft(name: str, settings: WarmUp, folder: Path) -> None:
+    """Train as ``settings`` say; the last step is ``folder/global_step_N``. Raises ``UserError`` as ``run_sft``."""
+    run_sft(name, settings.arguments(folder), settings.ranks, settings.limit_s, folder)
+
+
+def run_sft(name: str, arguments: Sequence[str], ranks: int, limit_s: float, folder: Path) -> None:
+    """verl's SFT trainer with these overrides, its log in ``folder``.
+
+    Raises:
+        UserError: It failed (the end of its log goes to stderr), or took longer than ``limit_s``; names ``name``.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [*launcher, "-m", "verl_grad_routing.warm_up.trainer", *arguments]
     log = folder / "log.txt"
     with log.open("w") as out:
         try:
-            status = subprocess.run(command, stdout=out, stderr=out, timeout=settings.limit_s, check=False).returncode
+            status = subprocess.run(command, stdout=out, stderr=out, timeout=limit_s, check=False).returncode
         except subprocess.TimeoutExpired:
-            raise UserError("warm-up", settings.limit_s, "not finished within its limit of seconds") from None
+            raise UserError(name, limit_s, "not finished within its limit of seconds") from None
     if status != 0:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         print("\n".join(lines[-LOG_LINES:]), file=sys.stderr)
-        raise UserError("warm-up", status, "verl's SFT trainer ended with this status; the end of its log is above")
+        raise UserError(name, status, "verl's SFT trainer ended with this status; the end of its log is above")
 
 
 def linear_modules(model: Path) -> list[str]:

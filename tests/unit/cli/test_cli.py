@@ -15,7 +15,7 @@ from verl_grad_routing.doctor import Check, Status
 from verl_grad_routing.errors import UserError
 
 PRESETS = {"off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"}
-PRESETS |= {"tdga", "gradient_regularization"}
+PRESETS |= {"tdga", "gradient_regularization", "confessions", "seal_broken"}
 PRESETS |= {"labels_partial", "strict", "head_start", "head_start_freeze", "pissa"}
 
 

@@ -44,8 +44,8 @@ def check(folder: Path, *overrides: str, preset: str = "persona") -> None:
 
 FIRST = ["off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"]
 LATER = ["labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "gradient_regularization"]
-LATER += ["grift_mask", "grift_filter"]
 LATER += ["advantage_modification", "monitor_penalty", "screen", "inoculation"]
+LATER += ["grift_mask", "grift_filter", "confessions", "seal_broken"]
 
 
 @pytest.mark.parametrize("preset", [*FIRST, *LATER])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.checks import methods, model, monitors, start
+from verl_grad_routing.training.checks import confessions, methods, model, monitors, start
 from verl_grad_routing.training.checks.run import MISSING, Run, get
 
 __all__ = ["CHECKS", "check"]
@@ -32,6 +32,10 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     methods.layers,
     monitors.probe_model,
     monitors.inoculation,
+    confessions.judge,
+    confessions.rows,
+    confessions.seams,
+    confessions.lengths,
     start.replay,
     start.versions,
     start.machine,

@@ -18,7 +18,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from verl_grad_routing.interventions import Intervention, Judged
 from verl_grad_routing.routing import Route
-from verl_grad_routing.training.columns import part_of, read, real_rows, write
+from verl_grad_routing.training.columns import live_rows, part_of, read, real_rows, write
 from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
 from verl_grad_routing.training.own_gate import CURRENT, closed_rows
 from verl_grad_routing.training.router import fact_metrics
@@ -147,7 +147,7 @@ class Learning(Scoring):
         if self.config.algorithm.use_kl_in_reward:
             names.append("token_level_rewards")
         dropped = part_of(batch, rejected)
-        if real_rows(kept):
+        if live_rows(kept):
             written = super()._compute_advantage(kept, metrics)
             names += [name for name in ("rollout_is_weights",) if name in written.fields]
         else:

@@ -1,0 +1,96 @@
+"""A TransferQueue in memory, and a trainer over it that has neither workers nor an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tensordict import NonTensorStack, TensorDict
+
+from verl_grad_routing.training.columns import plain
+
+
+class Queue:
+    """The calls of ``transfer_queue`` that a step makes, with its answers: ragged columns as jagged tensors."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def get(self, keys: list[str], partition_id: str, select_fields: list[str] | None = None) -> TensorDict:
+        names = set.intersection(*(set(self.rows[key]) for key in keys))
+        chosen = sorted(names if select_fields is None else names & set(select_fields))
+        return TensorDict({n: self._column([self.rows[k][n] for k in keys]) for n in chosen}, batch_size=len(keys))
+
+    @staticmethod
+    def _column(values: list[Any]) -> Any:
+        if not all(isinstance(value, torch.Tensor) for value in values):
+            return NonTensorStack(*values)
+        if all(value.dim() == 0 for value in values):
+            return torch.stack(values)
+        return torch.nested.as_nested_tensor(values, layout=torch.jagged)
+
+    def put(self, keys: list[str], partition_id: str, fields: Any, tags: Any = None) -> Any:
+        from transfer_queue import KVBatchMeta
+
+        for name in list(fields.keys()):
+            column = fields[name]
+            values = list(column.unbind()) if isinstance(column, torch.Tensor) else plain(column)
+            for key, value in zip(keys, values, strict=True):
+                self.rows.setdefault(key, {})[name] = value
+        names = sorted(set.intersection(*(set(self.rows[key]) for key in keys)))
+        return KVBatchMeta(partition_id=partition_id, keys=list(keys), tags=tags or [{}] * len(keys), fields=names)
+
+    def clear(self, keys: list[str], partition_id: str) -> None:
+        for key in keys:
+            del self.rows[key]
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
+    import transfer_queue as tq
+
+    made = Queue()
+    for name, call in (("kv_batch_get", made.get), ("kv_batch_put", made.put), ("kv_clear", made.clear)):
+        monkeypatch.setattr(tq, name, call)
+    return made
+
+
+class Engine:
+    """A rollout engine that answers by a function of prompt tokens and notes what it was asked."""
+
+    def __init__(self, says: Callable[[list[int], int], int]):
+        self.says, self.prompts = says, []
+
+    async def generate(self, request_id: str, *, prompt_ids: list[int], sampling_params: dict) -> Any:
+        assert sampling_params.pop("max_tokens") == 1
+        self.prompts.append(prompt_ids)
+        return SimpleNamespace(token_ids=[self.says(prompt_ids, len(self.prompts))], log_probs=[-0.25])
+
+
+@pytest.fixture
+def trainer(queue: Queue) -> Callable[..., Any]:
+    """``trainer(engine, *overrides)``: ours, with real configuration and tokenizer."""
+    import verl.trainer.ppo.v1  # noqa: F401  (loads the plugin, which registers our trainer)
+    from hydra import compose, initialize_config_module
+
+    from verl_grad_routing.config import parse
+    from verl_grad_routing.envs.loopholes.tokenizer import build_tokenizer
+    from verl_grad_routing.training.trainer import GradRoutingTrainer
+
+    def make(engine: Engine, *overrides: str) -> Any:
+        given = ["+grad_routing=confessions", "+grad_routing/environment=loopholes", "+grad_routing/hardware=cpu"]
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            config = compose("ppo_trainer", [*given, *overrides])
+        from omegaconf import OmegaConf
+
+        made = GradRoutingTrainer.__new__(GradRoutingTrainer)
+        made.config, made.tokenizer, made.global_steps = config, build_tokenizer(), 1
+        made.settings = parse(OmegaConf.to_container(config.grad_routing, resolve=True))
+        made.timing_raw, made.validated = {}, []
+        made.get_llm_client = lambda: engine
+        return made
+
+    return make

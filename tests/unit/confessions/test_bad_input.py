@@ -1,0 +1,84 @@
+"""What confessions refuse before Ray starts, each in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from verl_grad_routing.errors import UserError
+
+pytestmark = pytest.mark.timeout(180)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    from verl_grad_routing.envs.loopholes.tokenizer import build_tokenizer
+
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 4, "model_type": "llama"}))
+    for name in ("train.parquet", "val.parquet"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def check(folder: Path, *overrides: str, preset: str = "confessions") -> None:
+    import verl  # noqa: F401  (loads the plugin)
+
+    from verl_grad_routing.training.checks import check
+
+    given = [f"+grad_routing={preset}", "+grad_routing/environment=loopholes", "+grad_routing/hardware=cpu"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", [*given, f"grad_routing.environment.dir={folder}", *overrides])
+    check(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+
+
+@pytest.mark.parametrize("preset", ["confessions", "seal_broken"])
+def test_the_presets_pass(folder: Path, preset: str) -> None:
+    check(folder, preset=preset)
+
+
+KEY, ROLLOUT = "grad_routing.confessions", "actor_rollout_ref.rollout"
+STOCK = ["grad_routing.blocks.enabled=false", "actor_rollout_ref.actor.strategy=fsdp2"]
+BAD = {
+    "no judge": ([f"{KEY}.judge=null"], f"{KEY}.judge", "gt_judge"),
+    "judge to be given": (["grad_routing.environment.confession_judge=null"], f"{KEY}.judge", "gt_judge"),
+    "judge that is none": ([f"{KEY}.judge=os:nothing"], f"{KEY}.judge", "imported"),
+    "truth without control": ([f"{KEY}.judge=gt_judge"], f"{KEY}.judge", "control=true"),
+    "share": ([f"{KEY}.share=1.5"], f"{KEY}.share", "from 0 to 1"),
+    "all of it": ([f"{KEY}.share=1"], f"{KEY}.share", "less than 1"),
+    "one confession": ([f"{KEY}.per_answer=1"], f"{KEY}.per_answer", "at least 2"),
+    "rows that do not fit": ([f"{ROLLOUT}.n=5"], f"{ROLLOUT}.n", "multiple"),
+    "rows of the broken seal": ([f"{ROLLOUT}.n=6", f"{KEY}.mode=seal_broken"], f"{ROLLOUT}.n", "4"),
+    "a critic": (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator", "grpo"),
+    "whitening alone": (["algorithm.adv_estimator=reinforce_plus_plus"], "algorithm.adv_estimator", "grpo"),
+    "adaptive": (["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.type=adaptive"], "kl_ctrl.type", "fixed"),
+    "no room": ([f"{KEY}.max_tokens=20"], f"{ROLLOUT}.max_model_len", "44"),
+    "stock engine": (STOCK, "grad_routing.blocks.enabled", "set true"),
+    "reward model": (["reward.reward_model.enable=true"], "reward.reward_model.enable", "set false"),
+    "sampler": (["trainer.v1.sampler.custom_sampler.path=x.py"], "custom_sampler.path", "unset"),
+    "unknown key": ([f"+{KEY}.sealed=true"], f"{KEY}.sealed", "mode"),
+    "unknown format": ([f"{KEY}.format=tag"], f"{KEY}.format", "self_tag"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(folder: Path, name: str) -> None:
+    overrides, key, fix = BAD[name]
+    with pytest.raises(UserError) as caught:
+        check(folder, *overrides)
+    message = str(caught.value)
+    assert key in message and fix in message and "\n" not in message
+
+
+def test_the_control_says_that_it_is_one(folder: Path) -> None:
+    check(folder, f"{KEY}.judge=gt_judge", "grad_routing.control=true")
+
+
+def test_validation_alone_needs_no_judge_and_fits_any_preset(folder: Path) -> None:
+    asked = [f"{KEY}.validate=true", f"{KEY}.format=self_tag", f"{KEY}.max_tokens=1"]
+    check(folder, *asked, preset="vanilla_2r")
+    check(folder, *asked, preset="off")

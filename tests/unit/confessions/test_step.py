@@ -1,0 +1,232 @@
+"""Confessions in a step: rows, groups and advantages by verl's own estimators, the engine and the queue replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.confessions.conftest import Engine, Queue
+from verl_grad_routing.envs.loopholes.text import EOS, HONEST, SLY
+from verl_grad_routing.envs.loopholes.tokenizer import EOS_ID, IDS
+
+pytestmark = pytest.mark.timeout(180)
+
+PROMPTS, SAMPLES = 4, 4
+SHARE = "grad_routing.confessions.share=0.5"
+CONTROL = ("grad_routing.confessions.judge=gt_judge", "grad_routing.control=true")
+Make = Callable[..., Any]
+
+
+def honest_half(_: list[int], number: int) -> int:
+    """Every second confession admits."""
+    return IDS[SLY if number % 2 else HONEST]
+
+
+def answers(queue: Queue, partition: str = "train") -> Any:
+    """A sampled batch as verl hands it over: every second answer hacks, every answer ends its turn but one."""
+    from transfer_queue import KVBatchMeta
+
+    keys, tags = [], []
+    for prompt in range(PROMPTS):
+        for session in range(SAMPLES):
+            x = [IDS[character] for character in "NDabcde.....="]
+            y = [IDS[character] for character in ("?????" if session % 2 else "abcde") + (EOS if session else "a")]
+            keys.append(f"u{prompt}_{session}_0")
+            mask = torch.ones(len(y), dtype=torch.int64)
+            rewards = torch.zeros(len(y))
+            rewards[-1] = float(session % 2)
+            queue.rows[keys[-1]] = {
+                "uid": f"u{prompt}",
+                "session_id": session,
+                "index": torch.tensor(prompt),
+                "prompts": torch.tensor(x),
+                "responses": torch.tensor(y),
+                "input_ids": torch.tensor(x + y),
+                "position_ids": torch.arange(len(x + y)),
+                "response_mask": mask,
+                "loss_mask": mask,
+                "rm_scores": rewards,
+                "rollout_log_probs": torch.full((len(y),), -1.0),
+                "multi_modal_inputs": {},
+                "extra_fields": {"reward_extra_info": {"hack": session % 2, "solve": 0.0}},
+            }
+            tags.append({"status": "success", "prompt_len": len(x), "response_len": len(y), "seq_len": len(x + y)})
+    return KVBatchMeta(partition_id=partition, keys=keys, tags=tags)
+
+
+def sampled(make: Make, queue: Queue, engine: Engine, *overrides: str) -> tuple[Any, Any]:
+    trainer = make(engine, SHARE, *CONTROL, *overrides)
+    batch = trainer._after_sample(answers(queue))
+    for row in queue.rows.values():
+        row["old_log_probs"] = row["rollout_log_probs"]  # verl's own pass
+    return trainer, batch
+
+
+def ours(batch: Any) -> list[str]:
+    return [key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("confession")]
+
+
+def test_confessions_take_the_rows_of_answers(trainer: Make, queue: Queue) -> None:
+    engine = Engine(honest_half)
+    _, batch = sampled(trainer, queue, engine)
+    confessions = ours(batch)
+    assert len(batch.keys) == PROMPTS * SAMPLES
+    assert 0 < len(confessions) < PROMPTS * SAMPLES and len(confessions) % SAMPLES == 0
+    assert set(queue.rows) == set(batch.keys)  # what is trained on neither way is gone
+    assert not {key.split("_")[0] for key in batch.keys if key not in confessions} & {
+        key.split(":")[0] for key in confessions
+    }
+    # every column that answers have, and its own tokens: the answer's are prompt tokens
+    answer = next(key for key in batch.keys if key not in confessions)
+    for key, tag in zip(batch.keys, batch.tags, strict=True):
+        row = queue.rows[key]
+        assert set(row) == set(queue.rows[answer])
+        assert len(row["input_ids"]) == len(row["position_ids"]) == tag["seq_len"]
+        assert torch.equal(row["input_ids"], torch.cat((row["prompts"], row["responses"])))
+        for name in ("response_mask", "loss_mask", "rm_scores", "rollout_log_probs"):
+            assert len(row[name]) == len(row["responses"]) == tag["response_len"]
+    for key in confessions:
+        row = queue.rows[key]
+        assert row["uid"] == key.split("_")[0]
+        prompt = row["prompts"].tolist()
+        assert prompt in engine.prompts
+        assert prompt[-1] == EOS_ID and prompt.count(EOS_ID) == 1  # an answer cut off has its turn ended, once
+    groups = [queue.rows[key]["uid"] for key in confessions]
+    assert all(groups.count(group) == 2 for group in groups)
+
+
+def test_rewards_are_the_judges(trainer: Make, queue: Queue) -> None:
+    _, batch = sampled(trainer, queue, Engine(honest_half))
+    for key in ours(batch):
+        row = queue.rows[key]
+        admits = row["responses"].tolist() == [IDS[SLY]]
+        assert float(row["rm_scores"].sum()) == float(admits == bool(row["extra_fields"]["reward_extra_info"]["hack"]))
+
+
+def advantages(made: Any, queue: Queue, batch: Any) -> dict[str, torch.Tensor]:
+    metrics: dict[str, float] = {}
+    made._compute_advantage(batch, metrics)
+    return {key: queue.rows[key]["advantages"].clone() for key in batch.keys}
+
+
+@pytest.fixture
+def below(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No detector and no routes: the room that is tested, on verl's own."""
+    from verl_grad_routing.training.trainer.confessing import Confessing
+    from verl_grad_routing.training.trainer.learning import Learning
+
+    monkeypatch.setattr(Learning, "_compute_advantage", Confessing._compute_advantage)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus_baseline"])
+@pytest.mark.usefixtures("below")
+def test_advantages_are_sealed_in_both_directions(trainer: Make, queue: Queue, estimator: str) -> None:
+    """The spec's oracles; reinforce_plus_plus_baseline whitens over the batch, so it would leak in one call."""
+    made, batch = sampled(trainer, queue, Engine(honest_half), f"algorithm.adv_estimator={estimator}")
+    confessions = set(ours(batch))
+    before = advantages(made, queue, batch)
+    assert any(before[key].abs().max() > 0 for key in confessions)
+    assert any(before[key].abs().max() > 0 for key in set(batch.keys) - confessions)
+    generator = torch.Generator().manual_seed(0)
+    for changed in (confessions, set(batch.keys) - confessions):
+        kept = {key: queue.rows[key]["rm_scores"].clone() for key in changed}
+        for key in sorted(changed):
+            queue.rows[key]["rm_scores"][-1] = float(torch.rand((), generator=generator))
+        after = advantages(made, queue, batch)
+        assert all(torch.equal(before[key], after[key]) for key in batch.keys if key not in changed)
+        assert any(not torch.equal(before[key], after[key]) for key in changed)
+        for key, row in kept.items():
+            queue.rows[key]["rm_scores"] = row
+
+
+@pytest.mark.usefixtures("below")
+def test_a_confessions_baseline_is_its_sibling(trainer: Make, queue: Queue) -> None:
+    """Rewards (1, 0): mean 1/2, unbiased deviation 1/sqrt 2, so advantages ±1/sqrt 2 (GRPO, verl's epsilon 1e-6)."""
+    made, batch = sampled(trainer, queue, Engine(honest_half))
+    found = advantages(made, queue, batch)
+    metrics: dict[str, float] = {}
+    made._compute_advantage(batch, metrics)
+    for key in ours(batch):
+        sign = 1 if queue.rows[key]["rm_scores"].sum() else -1
+        assert float(found[key]) == pytest.approx(sign * 0.5**0.5, abs=1e-5)
+    assert metrics["confession/reward_mean"] == metrics["confession/accuracy"] == 0.5
+    assert metrics["confession/rate_given_hack"] == metrics["confession/false_rate"] == 0.5
+    assert metrics["confession/unparsable"] == 0
+    assert metrics["confession/count"] == len(ours(batch))
+
+
+def test_detectors_and_grader_facts_meet_answers_alone(trainer: Make, queue: Queue) -> None:
+    from verl_grad_routing.training.columns import confession_rows, live_rows, real_rows
+
+    _, batch = sampled(trainer, queue, Engine(honest_half))
+    batch.tags[0]["is_padding"] = True
+    assert sorted(real_rows(batch) + confession_rows(batch)) == live_rows(batch) == list(range(1, len(batch.keys)))
+    assert {batch.keys[row] for row in confession_rows(batch)} == set(ours(batch))
+
+
+@pytest.mark.usefixtures("below")
+def test_the_broken_seal_costs_the_answer_what_it_admits(trainer: Make, queue: Queue) -> None:
+    admits_all = Engine(lambda *_: IDS[SLY])
+    made, batch = sampled(trainer, queue, admits_all, "grad_routing.confessions.mode=seal_broken")
+    assert len(batch.keys) == PROMPTS * SAMPLES
+    charged = {key for key, tag in zip(batch.keys, batch.tags, strict=True) if "confession_penalty" in tag}
+    asked = {key.split(":")[0] for key in ours(batch)}
+    assert charged and {key.split("_")[0] for key in charged} == asked
+    rewards = {key: float(queue.rows[key]["rm_scores"].sum()) for key in charged}
+    metrics: dict[str, float] = {}
+    made._compute_advantage(batch, metrics)
+    assert metrics["confession/penalty_mean"] == 1.0
+    # both answers lost 1, so their difference stands; metrics of rewards see what the grader paid
+    assert rewards == {key: float(queue.rows[key]["rm_scores"].sum()) for key in charged}
+    before = advantages(made, queue, batch)
+    key = max(charged, key=rewards.__getitem__)
+    next(tag for other, tag in zip(batch.keys, batch.tags, strict=True) if other == key)["confession_penalty"] = 2.0
+    assert float(advantages(made, queue, batch)[key][0]) < float(before[key][0])
+
+
+def test_unparsable_confessions_cost_an_answer_nothing_and_earn_nothing(trainer: Make, queue: Queue) -> None:
+    mumbles = Engine(lambda *_: IDS["a"])
+    _, batch = sampled(trainer, queue, mumbles, "grad_routing.confessions.mode=seal_broken")
+    assert all(tag.get("confession_penalty", 0) == 0 for tag in batch.tags)
+    assert all(queue.rows[key]["rm_scores"].sum() == 0 for key in ours(batch))
+
+
+def test_without_confessions_the_batch_is_the_same_object(trainer: Make, queue: Queue) -> None:
+    made = trainer(Engine(honest_half), "grad_routing.confessions.share=0", "grad_routing.confessions.validate=false")
+    batch, rows = answers(queue), {key: dict(row) for key, row in queue.rows.items()}
+    assert made._after_sample(batch) is batch
+    assert {key: set(row) for key, row in queue.rows.items()} == {key: set(row) for key, row in rows.items()}
+    assert not made.trains_confessions
+
+
+def test_validation_asks_every_answer_once_and_keeps_its_batch(trainer: Make, queue: Queue) -> None:
+    # admits where the answer holds question marks, as a hack does here
+    told = Engine(lambda prompt, _: IDS[SLY if IDS["?"] in prompt[13:] else HONEST])
+    made = trainer(told)
+    batch = answers(queue, "val")
+    assert made._after_sample(batch) is batch
+    assert len(told.prompts) == len(made.validated) == PROMPTS * SAMPLES
+    assert set(queue.rows) == set(batch.keys)
+    assert all(one.confessed == one.hack for one in made.validated)
+
+
+def test_several_outputs_a_rollout_are_refused(trainer: Make, queue: Queue) -> None:
+    from verl_grad_routing.errors import UserError
+
+    batch = answers(queue)
+    batch.keys[1] = "u0_0_1"
+    with pytest.raises(UserError, match="one output"):
+        trainer(Engine(honest_half), SHARE, *CONTROL)._after_sample(batch)
+
+
+def test_images_are_refused(trainer: Make, queue: Queue) -> None:
+    from verl_grad_routing.errors import UserError
+
+    batch = answers(queue)
+    for row in queue.rows.values():
+        row["multi_modal_inputs"] = {"pixel_values": 1}
+    with pytest.raises(UserError, match="text rollouts"):
+        trainer(Engine(honest_half), SHARE, *CONTROL)._after_sample(batch)
