@@ -30,6 +30,7 @@ class Rollout:
     advantages: Tensor
     route: int
     weight: float = 1.0
+    off: bool = False  # sampled with the quarantine off
 
     @property
     def tokens(self) -> Tensor:

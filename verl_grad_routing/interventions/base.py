@@ -23,11 +23,13 @@ class Judged:
         scores_B: Scores, float64; higher is more like the unwanted behaviour.
         routes_B: The gate's decision, int64 values of ``Route``.
         uids: Prompt group of each rollout.
+        quarantine_off_B: Whether it was sampled with the quarantine off (bool); ``None`` where none was.
     """
 
     scores_B: Tensor
     routes_B: Tensor
     uids: tuple[str, ...]
+    quarantine_off_B: Tensor | None = None
 
     @property
     def flagged_B(self) -> Tensor:
@@ -63,6 +65,13 @@ class Intervention(ABC):
         """The table in force at global step ``step`` (1 for the first); a schedule overrides this."""
         del step
         return self.table
+
+    def quarantine_off_table_at(self, step: int) -> RoutingTable:
+        """``table_at`` for rollouts that were sampled with the quarantine off.
+
+        They are trained as they were sampled: the quarantine is absent, and what would train it alone trains nothing.
+        """
+        return self.table_at(step).without_quarantine()
 
     def rejected(self, judged: Judged) -> Tensor | None:
         """Rollouts [B] (bool) that are taken out of the step: no advantage, no response mask, not in their group."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from verl_grad_routing.directions.checks import require_bool, require_choice, require_int
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.interventions.base import INTERVENTIONS, Intervention, Judged
+from verl_grad_routing.interventions.groups import group_of
 from verl_grad_routing.routing import DEFAULT, STRICT, Route, RouteMasks, RoutingTable
 
 HEAD_START = {
@@ -44,6 +45,13 @@ class RouteGradients(Intervention):
     0, 0 (``head_start_unflagged: nothing``) or 0, 1 (``quarantine``); then the table above is in force. So at first the
     quarantine learns from flagged rollouts and the deployed block from trusted ones alone. The schedule also freezes
     rollouts, hence its control: the same steps with nothing flagged (preset ``head_start_freeze``).
+
+    **Rollouts sampled with the quarantine off** (``grad_routing.quarantine_off_share``) come from the deployed policy.
+    With ``quarantine_off_gate: sampled`` they are trained as they were sampled, forward gate 1, 0: KEEP and ABSORB
+    train the deployed block, on-policy and with advantages of either sign. A flagged one is the deployed block's own
+    doing and may not train it, so it leaves the step and its group's statistics, and a group with one rollout left
+    leaves with it. With ``routed`` the table above holds for them too; their old log-probs stay those of the policy
+    that sampled them, so under an open gate the PPO ratio is the importance weight between the two policies.
     """
 
     uses_routes: ClassVar[bool] = True
@@ -54,12 +62,14 @@ class RouteGradients(Intervention):
         clamp_keep_advantages: bool = True  # KEEP rollouts' advantages are max(advantage, 0)
         head_start_steps: int = 0  # steps 1..head_start_steps: unflagged rollouts do not train the deployed block
         head_start_unflagged: str = "nothing"  # what they train in these steps: nothing, or the quarantine
+        quarantine_off_gate: str = "sampled"  # forward gate of rollouts sampled with the quarantine off: or routed
 
         def __post_init__(self) -> None:
             require_bool("strict", self.strict)
             require_bool("clamp_keep_advantages", self.clamp_keep_advantages)
             require_int("head_start_steps", self.head_start_steps, 0)
             require_choice("head_start_unflagged", self.head_start_unflagged, sorted(HEAD_START))
+            require_choice("quarantine_off_gate", self.quarantine_off_gate, ["routed", "sampled"])
             if self.strict and self.head_start_steps and self.head_start_unflagged == "quarantine":
                 fix = "set nothing, or strict: false: a strict quarantine learns from flagged rollouts alone"
                 raise UserError("head_start_unflagged", self.head_start_unflagged, fix)
@@ -75,8 +85,26 @@ class RouteGradients(Intervention):
             return self.table
         return replace(self.table, absorb=HEAD_START[self.config.head_start_unflagged])
 
+    def quarantine_off_table_at(self, step: int) -> RoutingTable:
+        return (
+            self.table_at(step)
+            if self.config.quarantine_off_gate == "routed"
+            else super().quarantine_off_table_at(step)
+        )
+
+    def rejected(self, judged: Judged) -> Tensor | None:
+        if judged.quarantine_off_B is None or self.config.quarantine_off_gate == "routed":
+            return None
+        own_B = judged.quarantine_off_B & judged.flagged_B
+        group_B, groups = group_of(judged.uids)
+        kept_G = torch.bincount(group_B[~own_B], minlength=groups)
+        thinned_G = torch.bincount(group_B[own_B], minlength=groups) > 0
+        return own_B | (thinned_G & (kept_G < 2))[group_B]
+
     def advantages(self, advantages_BR: Tensor, judged: Judged) -> Tensor:
         keep_B = judged.routes_B.to(advantages_BR.device) == int(Route.KEEP)
+        if judged.quarantine_off_B is not None:  # these are on-policy
+            keep_B &= ~judged.quarantine_off_B.to(keep_B.device)
         if not self.config.clamp_keep_advantages or not keep_B.any():
             return advantages_BR
         return torch.where(keep_B[:, None], advantages_BR.clamp(min=0), advantages_BR)

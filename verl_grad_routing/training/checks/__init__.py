@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.checks import methods, model, start
+from verl_grad_routing.training.checks import methods, model, sampling, start
 from verl_grad_routing.training.checks.run import MISSING, Run, get
 
 __all__ = ["CHECKS", "check"]
@@ -30,6 +30,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     methods.schedules,
     methods.hooks,
     methods.layers,
+    sampling.quarantine_off,
     start.replay,
     start.versions,
     start.machine,

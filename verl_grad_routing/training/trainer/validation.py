@@ -45,10 +45,11 @@ class DeployedValidation(Core):
             self._set_validation_folder(dumps)
             self._send_weights(tuple(BLOCKS))
 
-    def _send_weights(self, blocks: tuple[str, ...]) -> None:
+    def _send_weights(self, blocks: tuple[str, ...], version: int | None = None) -> None:
+        """Load ``blocks`` into the rollout engine; ``version`` is the step that made them, this one if not given."""
         self.checkpoint_manager.sleep_replicas()
         self.actor_rollout_wg.export_blocks(blocks)
-        self.checkpoint_manager.update_weights(self.global_steps)
+        self.checkpoint_manager.update_weights(self.global_steps if version is None else version)
 
     def _set_validation_folder(self, folder: str | None) -> None:
         with open_dict(self.config):
