@@ -1,5 +1,6 @@
 """Interventions by hand-computed cases: tables, clamps, masks, rewards, who leaves the step."""
 
+import dataclasses
 import math
 
 import pytest
@@ -63,6 +64,36 @@ def test_in_the_head_start_unflagged_rollouts_do_not_train_the_deployed_block(un
         assert (table.keep, table.route) == (DEFAULT.keep, DEFAULT.route)
     assert route.table_at(4) == route.table == DEFAULT
     assert build("route").table_at(1) == DEFAULT
+
+
+# ---- route: rollouts sampled with the quarantine off ----
+
+
+def with_off(routes, off, uids=None) -> Judged:
+    return dataclasses.replace(judged(routes, uids=uids), quarantine_off_B=torch.tensor(off))
+
+
+def test_they_are_trained_as_they_were_sampled_or_as_the_table_says():
+    for name in ("route", "none"):
+        assert build(name).quarantine_off_table_at(1) == DEFAULT.without_quarantine()
+    assert build("route", quarantine_off_gate="routed").quarantine_off_table_at(1) == DEFAULT
+    head_start = build("route", head_start_steps=1)
+    assert head_start.quarantine_off_table_at(1).absorb.update_mask == (0, 0)
+    assert head_start.quarantine_off_table_at(2).absorb.update_mask == (1, 0)
+
+
+def test_their_negative_advantages_are_on_policy_and_stay():
+    verdict = with_off([KEEP, KEEP, ABSORB], [False, True, True])
+    assert build("route").advantages(ADVANTAGES, verdict).tolist() == [[0, 2], [-3, 4], [-5, 6]]
+
+
+def test_what_the_deployed_block_did_by_itself_and_is_flagged_leaves_the_step():
+    verdict = with_off([ROUTE, ABSORB, KEEP, ROUTE, ABSORB], [True, True, True, False, False], "uuuvv")
+    assert build("route").rejected(verdict).tolist() == [True, False, False, False, False]
+    thin = with_off([ROUTE, ROUTE, KEEP, ABSORB, KEEP], [True, True, True, True, False], "uuuvw")
+    # one rollout is left of the first group: verl would give it its raw reward; lone groups of others are verl's own
+    assert build("route").rejected(thin).tolist() == [True, True, True, False, False]
+    assert build("route", quarantine_off_gate="routed").rejected(verdict) is None
 
 
 def test_a_strict_quarantine_may_have_a_head_start_on_flagged_rollouts_alone():
