@@ -126,7 +126,7 @@ def warm_up(settings: WarmUp, to: Path) -> Basis:
     to.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{to.stem}-", dir=to.parent))
     try:
-        _train(settings, scratch)
+        train_clean(settings, scratch)
         after = ShardedState(scratch / f"global_step_{settings.steps}")
         origin = {
             "model": str(settings.model),
@@ -146,7 +146,8 @@ def warm_up(settings: WarmUp, to: Path) -> Basis:
     return basis
 
 
-def _train(settings: WarmUp, folder: Path) -> None:
+def train_clean(settings: WarmUp, folder: Path) -> None:
+    """Run verl's SFT trainer; its last step is ``folder/global_step_N``. Raises ``UserError`` when it fails."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.ranks}"]
     command = [*launcher, "-m", "verl_grad_routing.warm_up.trainer", *settings.arguments(folder)]
     log = folder / "log.txt"
@@ -154,11 +155,15 @@ def _train(settings: WarmUp, folder: Path) -> None:
         try:
             status = subprocess.run(command, stdout=out, stderr=out, timeout=settings.limit_s, check=False).returncode
         except subprocess.TimeoutExpired:
-            raise UserError("warm-up", settings.limit_s, "not finished within its limit of seconds") from None
+            raise UserError(
+                "training on clean data", settings.limit_s, "not finished within its limit of seconds"
+            ) from None
     if status != 0:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         print("\n".join(lines[-LOG_LINES:]), file=sys.stderr)
-        raise UserError("warm-up", status, "verl's SFT trainer ended with this status; the end of its log is above")
+        raise UserError(
+            "training on clean data", status, "verl's SFT trainer ended with this status; the end of its log is above"
+        )
 
 
 def linear_modules(model: Path) -> list[str]:
