@@ -6,6 +6,7 @@ Shapes: B rollouts, R response tokens.
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -81,6 +82,24 @@ class Intervention(ABC):
         """Rewards [B] to train on, from the proxy rewards. The input is not modified in place."""
         del judged
         return rewards_B
+
+    def observe(self, step: int, measures: Mapping[str, float]) -> None:
+        """What has been measured in ``step``, for schedules: ``flagged`` and ``reward``, the gate's verdicts and mean
+        proxy reward of its rollouts, and after a validation of the quarantine alone ``swapped_reward``."""
+        del step, measures
+
+    def report(self, step: int) -> dict[str, float]:
+        """Metrics of the intervention's own, by their full names."""
+        del step
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``."""
+        del state
 
     def advantages(self, advantages_BR: Tensor, judged: Judged) -> Tensor:
         """Advantages [B, R] to train on, zero-padded on the right. The input is not modified in place."""

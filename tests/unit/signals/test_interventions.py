@@ -66,6 +66,45 @@ def test_in_the_head_start_unflagged_rollouts_do_not_train_the_deployed_block(un
     assert build("route").table_at(1) == DEFAULT
 
 
+# ---- route: a head start until a rate ----
+
+
+def seen(route, *measures, key="flagged"):
+    """Whether the head start is in force in each step, before and after what that step measures."""
+    found = []
+    for step, value in enumerate(measures, start=1):
+        before = route.table_at(step).absorb.update_mask == (0, 0)
+        route.observe(step, {key: value})
+        found.append((before, route.table_at(step).absorb.update_mask == (0, 0)))
+    return found
+
+
+@pytest.mark.parametrize("measure", ["flagged", "reward", "swapped_reward"])
+def test_a_head_start_ends_after_the_first_step_that_reaches_the_rate(measure):
+    route = build("route", head_start_steps=5, head_start_until=0.5, head_start_measure=measure)
+    # the routes of step 3 are decided before its rollouts count, and the rate falling again changes nothing
+    assert seen(route, 0.1, 0.4, 0.5, 0.1, 0.1, key=measure) == [(True, True)] * 3 + [(False, False)] * 2
+    assert route.report(3) == {"intervention/head_start": 1.0} and route.report(4) == {"intervention/head_start": 0.0}
+
+
+def test_and_after_its_steps_whatever_the_rate_does():
+    route = build("route", head_start_steps=2, head_start_until=0.5)
+    assert seen(route, 0.1, 0.1, 0.1) == [(True, True)] * 2 + [(False, False)]
+    other = build("route", head_start_steps=2, head_start_until=0.5, head_start_measure="reward")
+    assert seen(other, 0.9, 0.9) == [(True, True)] * 2  # another measure
+    steps = build("route", head_start_steps=2)
+    assert seen(steps, 1.0, 1.0, 1.0) == [(True, True)] * 2 + [(False, False)]
+    assert build("route").report(1) == {}
+
+
+def test_a_resumed_head_start_has_ended_where_it_ended():
+    route = build("route", head_start_steps=9, head_start_until=0.5)
+    seen(route, 0.1, 0.6)
+    again = build("route", head_start_steps=9, head_start_until=0.5)
+    again.load_state_dict(route.state_dict())
+    assert [again.table_at(step).absorb.update_mask for step in (2, 3)] == [(0, 0), (1, 1)]
+
+
 # ---- route: rollouts sampled with the quarantine off ----
 
 
@@ -225,6 +264,10 @@ def test_penalties():
         ("route", {"stric": True}, "did you mean 'strict'"),
         ("route", {"head_start_steps": -1}, "at least 0"),
         ("route", {"head_start_steps": 2.5}, "integer"),
+        ("route", {"head_start_steps": 2, "head_start_until": 1.5}, "share in"),
+        ("route", {"head_start_steps": 2, "head_start_until": float("nan")}, "finite"),
+        ("route", {"head_start_until": 0.5}, "most steps"),
+        ("route", {"head_start_measure": "hack"}, "flagged, reward, swapped_reward"),
         ("route", {"head_start_unflagged": "deployed"}, "nothing, quarantine"),
         ("route", {"strict": True, "head_start_steps": 1, "head_start_unflagged": "quarantine"}, "set nothing"),
         ("none", {"strict": True}, "strict"),

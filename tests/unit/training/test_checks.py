@@ -175,6 +175,20 @@ def test_pairs_without_an_environment_must_be_given(folder: Path) -> None:
         check(folder, "grad_routing.detector.pairs=???")
 
 
+SWAPPED = ["+grad_routing.intervention.head_start_until=0.8"]
+SWAPPED += ["+grad_routing.intervention.head_start_measure=swapped_reward"]
+
+
+def test_a_head_start_until_the_quarantine_alone_is_rewarded_needs_that_validation(folder: Path) -> None:
+    validated = "grad_routing.validate_swapped=true"
+    check(folder, *SWAPPED, validated, "trainer.test_freq=5", preset="head_start")
+    with pytest.raises(UserError, match=r"grad_routing\.validate_swapped=False.*set true"):
+        check(folder, *SWAPPED, preset="head_start")
+    for every in (-1, 25):
+        with pytest.raises(UserError, match=rf"trainer\.test_freq={every}.*25 steps"):
+            check(folder, *SWAPPED, validated, f"trainer.test_freq={every}", preset="head_start")
+
+
 @pytest.mark.parametrize("warmup", [25, 30])
 def test_a_head_start_in_which_nothing_is_flagged_is_refused(folder: Path, warmup: int) -> None:
     with pytest.raises(UserError, match=r"grad_routing\.intervention\.head_start_steps=25.*warmup_steps=") as caught:
