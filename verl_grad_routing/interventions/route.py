@@ -45,8 +45,8 @@ class RouteGradients(Intervention):
     **Head start.** Two equal blocks learn what nobody labels at the same speed, so plain absorption leaves it in the
     deployed block too. In steps 1 to ``head_start_steps``, or until ``head_start_measure`` of a step's rollouts (or of
     a validation of the quarantine alone) is at least ``head_start_until``, ABSORB does not train the deployed block:
-    its update is 0, 0 (``head_start_unflagged: nothing``) or 0, 1 (``quarantine``); then the table above is in force. So
-    at first the quarantine learns from flagged rollouts and the deployed block from trusted ones alone. The schedule
+    its update is 0, 0 (``head_start_unflagged: nothing``) or 0, 1 (``quarantine``); then the table above is in force.
+    So at first the quarantine learns from flagged rollouts and the deployed block from trusted ones alone. The schedule
     also freezes rollouts, hence its control: the same steps with nothing flagged (preset ``head_start_freeze``).
 
     **Rollouts sampled with the quarantine off** (``grad_routing.quarantine_off_share``) come from the deployed policy.
