@@ -43,7 +43,7 @@ def check(folder: Path, *overrides: str, preset: str = "persona") -> None:
 
 FIRST = ["off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"]
 LATER = ["labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "gradient_regularization"]
-LATER += ["grift_mask", "grift_filter"]
+LATER += ["grift_mask", "grift_filter", "retain_pass"]
 
 
 @pytest.mark.parametrize("preset", [*FIRST, *LATER])
