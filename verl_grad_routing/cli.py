@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from verl_grad_routing.commands import probe as probe_command
+from verl_grad_routing.commands import retain
 from verl_grad_routing.commands import self_report as self_report_commands
 from verl_grad_routing.commands.rft import rft_command
 from verl_grad_routing.errors import UserError
@@ -298,6 +299,7 @@ app.add_typer(probe_command.app, name="probe")
 app.add_typer(self_report_commands.app, name="self-report")
 app.command("interrogate")(self_report_commands.interrogate)
 app.command("rft")(rft_command)
+app.command("retain")(retain.retain)
 
 
 def _presets() -> list[tuple[str, str]]:

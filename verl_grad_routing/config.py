@@ -95,7 +95,10 @@ class GradRoutingConfig:
         held_out_monitor: ``name`` and settings of a detector that reads texts and whose verdicts are only logged.
         confessions: Confessions after some answers, see ``ConfessionsConfig``; off by default.
         seed: Seed of the random draws of detectors.
-        quarantine_off_share: Share of training rollouts sampled with the quarantine ablated.
+        quarantine_off_share: Share of training rollouts sampled with the quarantine ablated, in [0, 1).
+        quarantine_off_unit: What that share is of: whole prompt groups (``prompt``), or each prompt's ``rollout``s.
+        quarantine_off_advantages: The two kinds of a prompt's rollouts are one group of the advantage (``together``) or
+            two (``apart``); whole prompt groups hold one kind alone.
         validate_swapped: Control: also validate with the deployed block ablated instead of the quarantine.
         rollout_timeout_s: Seconds without one finished rollout after which the run ends with an error.
         record_dir: Folder that receives every training batch, for replay; ``None`` records nothing.
@@ -114,6 +117,8 @@ class GradRoutingConfig:
     confessions: ConfessionsConfig = field(default_factory=ConfessionsConfig, metadata={"config": ConfessionsConfig})
     seed: int = 0
     quarantine_off_share: float = 0.0
+    quarantine_off_unit: str = "prompt"
+    quarantine_off_advantages: str = "apart"
     validate_swapped: bool = False
     rollout_timeout_s: float = 600.0
     record_dir: str | None = None
@@ -122,8 +127,21 @@ class GradRoutingConfig:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig, metadata={"config": EnvironmentConfig})
 
     def __post_init__(self) -> None:
-        if self.quarantine_off_share != 0.0:
-            raise UserError("quarantine_off_share", self.quarantine_off_share, "only 0.0 is supported in this version")
+        share = self.quarantine_off_share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise UserError("quarantine_off_share", share, "give a share in [0, 1); 0 samples all with both blocks")
+        for key, allowed in (
+            ("quarantine_off_unit", ("prompt", "rollout")),
+            ("quarantine_off_advantages", ("apart", "together")),
+        ):
+            if getattr(self, key) not in allowed:
+                raise UserError(key, getattr(self, key), f"give {' or '.join(allowed)}")
+        if share and not self.blocks.enabled:
+            fix = "there is no quarantine to switch off (blocks.enabled=false); set 0.0"
+            raise UserError("quarantine_off_share", share, fix)
+        if share and not self.blocks.ablate_at_deployment:
+            fix = "blocks.ablate_at_deployment=false deploys both blocks, so no rollout is sampled without one; set 0.0"
+            raise UserError("quarantine_off_share", share, fix)
         if not self.rollout_timeout_s > 0:
             raise UserError("rollout_timeout_s", self.rollout_timeout_s, "give a positive number of seconds")
         if self.record_dir and self.replay_dir:

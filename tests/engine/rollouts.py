@@ -31,6 +31,7 @@ class Rollout:
     route: int
     weight: float = 1.0
     confession: bool = False
+    off: bool = False  # sampled with the quarantine off
 
     @property
     def tokens(self) -> Tensor:

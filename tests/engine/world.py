@@ -144,6 +144,7 @@ def batch(
     table: Any = DEFAULT,
     weighted: bool = False,
     confessing: bool = False,
+    sampled: bool = False,
     **extra: Any,
 ) -> TensorDict:
     """verl's no-padding batch of ``rows`` out of a global mini-batch of ``total`` rows.
@@ -152,6 +153,7 @@ def batch(
         micro: Rows of a micro-batch; all of them unless given.
         max_tokens: Dynamic micro-batches of at most so many tokens instead.
         table: ``None`` leaves routes and table out, as a plain inference batch does.
+        sampled: With the column that tells which rows were sampled with the quarantine off.
     """
 
     def jagged(values: Sequence[Tensor]) -> Tensor:
@@ -186,6 +188,8 @@ def batch(
         tensors["confession"] = torch.tensor([int(row.confession) for row in rows])
     if weighted:
         tensors["route_weight"] = torch.tensor([row.weight for row in rows])
+    if sampled:
+        tensors["quarantine_off"] = torch.tensor([int(row.off) for row in rows])
     return tu.get_tensordict(tensors, settings)
 
 

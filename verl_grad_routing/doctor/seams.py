@@ -44,6 +44,7 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "PPOTrainer._build_replay_buffer": "self",
         "PPOTrainer._init_resource_pool_mgr": "self",
         "PPOTrainer.on_step_begin": "self",
+        "PPOTrainer._submit_batch_to_rollout": "self batch",
         "PPOTrainer._step_once": "self metrics timing_raw sample_batch_size",
         "PPOTrainer._balance_batch": "self batch metrics logging_prefix keep_minibatch",
         "PPOTrainer._compute_old_log_prob": "self batch metrics",
@@ -67,6 +68,13 @@ _TABLE: dict[str, dict[str, str | None]] = {
     "verl.trainer.ppo.v1.replay_buffer": {
         "ReplayBuffer.sample": "self global_steps partition_id batch_size",
         "ReplayBuffer._wait_for_next_poll": "self partition_id last_debug_time",
+        "ReplayBuffer._sync_metadata_from_transfer_queue": "self",
+    },
+    "verl.utils.tensordict_utils": {
+        "assign_non_tensor_data": "tensor_dict key val",
+        "assign_non_tensor_stack": "tensor_dict key val",
+        "get_tensordict": "tensor_dict non_tensor_dict",
+        "index_select_tensor_dict": "batch indices",
     },
     "verl.workers.rollout.llm_server": {
         "LLMServerManager.get_addresses": "self",

@@ -6,6 +6,7 @@ Shapes: B rollouts, R response tokens.
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,12 +25,14 @@ class Judged:
         routes_B: The gate's decision, int64 values of ``Route``.
         uids: Prompt group of each rollout.
         rewards_B: The proxy reward of each rollout, before any intervention.
+        quarantine_off_B: Whether it was sampled with the quarantine off (bool); ``None`` where none was.
     """
 
     scores_B: Tensor
     routes_B: Tensor
     uids: tuple[str, ...]
     rewards_B: Tensor | None = None
+    quarantine_off_B: Tensor | None = None
 
     @property
     def flagged_B(self) -> Tensor:
@@ -66,6 +69,13 @@ class Intervention(ABC):
         del step
         return self.table
 
+    def quarantine_off_table_at(self, step: int) -> RoutingTable:
+        """``table_at`` for rollouts that were sampled with the quarantine off.
+
+        They are trained as they were sampled: the quarantine is absent, and what would train it alone trains nothing.
+        """
+        return self.table_at(step).without_quarantine()
+
     def rejected(self, judged: Judged) -> Tensor | None:
         """Rollouts [B] (bool) that are taken out of the step: no advantage, no response mask, not in their group."""
         del judged
@@ -74,6 +84,24 @@ class Intervention(ABC):
         """Rewards [B] to train on, from the proxy rewards. The input is not modified in place."""
         del judged
         return rewards_B
+
+    def observe(self, step: int, measures: Mapping[str, float]) -> None:
+        """What has been measured in ``step``, for schedules: ``flagged`` and ``reward``, the gate's verdicts and mean
+        proxy reward of its rollouts, and after a validation of the quarantine alone ``swapped_reward``."""
+        del step, measures
+
+    def report(self, step: int) -> dict[str, float]:
+        """Metrics of the intervention's own, by their full names."""
+        del step
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore ``state_dict``."""
+        del state
 
     def advantages(self, advantages_BR: Tensor, judged: Judged) -> Tensor:
         """Advantages [B, R] to train on, zero-padded on the right. The input is not modified in place."""

@@ -76,6 +76,14 @@ class RoutingTable:
         """Masks of one route, e.g. ``table.masks(Route.ROUTE)``."""
         return (self.keep, self.absorb, self.route)[Route(route)]
 
+    def without_quarantine(self) -> RoutingTable:
+        """The same updates of the deployed block where the quarantine is absent: its gate and its update are 0."""
+
+        def absent(masks: RouteMasks) -> RouteMasks:
+            return RouteMasks(forward_gate=(1, 0), update_mask=(masks.update_mask[0], 0))
+
+        return RoutingTable(*(absent(self.masks(route)) for route in Route))
+
     def as_tensors(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
         """(forward gate, update mask), each float32 ``[3, 2]``, indexed by route."""
         rows = [self.masks(route) for route in Route]

@@ -14,6 +14,7 @@ import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.utils import tensordict_utils as tu
 
 
 def dense(rows: torch.Tensor) -> torch.Tensor:
@@ -67,6 +68,12 @@ def write(batch: KVBatchMeta, columns: dict[str, torch.Tensor | Sequence[torch.T
         keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(nested, batch_size=len(batch.keys))
     )
     return KVBatchMeta(batch.keys, batch.tags, batch.partition_id, written.fields, batch.extra_info)
+
+
+def write_texts(batch: KVBatchMeta, columns: dict[str, Sequence[str]]) -> None:
+    """Put columns of strings."""
+    fields = tu.get_tensordict({name: list(column) for name, column in columns.items()})
+    tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
 
 def _jagged(rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -30,7 +30,6 @@ from verl_grad_routing.registry import build_config, load_external_methods
 from verl_grad_routing.routing import (
     BLOCKS,
     add_blocks,
-    block_masks,
     block_of,
     block_parameters,
     expand_to_padded,
@@ -42,6 +41,7 @@ from verl_grad_routing.training.block_step import BlockStep
 from verl_grad_routing.training.confession_loss import with_confessions
 from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
 from verl_grad_routing.training.fingerprint_step import fingerprint_step, gradient_probe
+from verl_grad_routing.training.masks import routing_table, row_masks
 from verl_grad_routing.training.own_gate import CURRENT, with_current_log_probs
 from verl_grad_routing.training.probe import ActivationProbe
 
@@ -142,11 +142,9 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
     def _set_masks(self, micro_batch: TensorDict, model_inputs: dict, output_args: dict) -> None:
         self.context.clear()
         self.context.ablated = bool(tu.get_non_tensor_data(micro_batch, "ablate_quarantine", default=False))
-        table = tu.get_non_tensor_data(micro_batch, "routing_table", default=None)
-        if table is None:
+        masks = row_masks(micro_batch)
+        if masks is None:
             return
-        weights_B = micro_batch.get("route_weight", None)
-        masks = block_masks(micro_batch["route"], table, weights_B)
         self.context.set(*(self._to_tokens(mask_B2, micro_batch, model_inputs, output_args) for mask_B2 in masks))
 
     def _to_tokens(
@@ -219,11 +217,10 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
 
     def _block_mass(self, data: TensorDict) -> torch.Tensor:
         """Tokens of the whole mini-batch that train each block, over all ranks: what decides whether it is stepped."""
-        table = tu.get_non_tensor_data(data, "routing_table", default=None)
-        if table is None or "route" not in data:
+        masks = row_masks(data) if "route" in data else None
+        if masks is None:
             raise UserError("route", None, "every row of a training batch needs a route; the trainer writes it")
-        weights_B = data.get("route_weight", None)
-        _, update_B2 = block_masks(data["route"], table, weights_B)
+        _, update_B2 = masks
         tokens_B = torch.stack([mask.sum() for mask in data["loss_mask"].unbind()]).to(update_B2)
         mass_2 = (tokens_B.unsqueeze(1) * update_B2).sum(0).to(get_device_id(), torch.float64)
         torch.distributed.all_reduce(mass_2, op=ReduceOp.SUM, group=self.get_data_parallel_group())
@@ -234,8 +231,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         if forward_only and asked is not None:
             return fingerprint_step(self, asked, super().forward_step, micro_batch)
         if not forward_only and tu.get_non_tensor_data(micro_batch, CURRENT, default=False):
-            table = tu.get_non_tensor_data(micro_batch, "routing_table", default=None)
-            loss_function = with_current_log_probs(loss_function, table)
+            loss_function = with_current_log_probs(loss_function, routing_table(micro_batch))
         loss, output = super().forward_step(micro_batch, loss_function=loss_function, forward_only=forward_only)
         if not forward_only:
             for hook in self.hooks:

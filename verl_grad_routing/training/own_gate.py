@@ -17,6 +17,7 @@ from torch import Tensor
 from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_grad_routing.routing import RoutingTable
+from verl_grad_routing.training.masks import OFF
 
 CURRENT = "own_gate_current"
 """Non-tensor of a training batch: rows with a closed forward gate take the current log-probs as their old ones."""
@@ -33,6 +34,8 @@ def with_current_log_probs(loss_function: Callable[..., Any], table: RoutingTabl
 
     def loss(*, model_output: dict[str, Any], data: TensorDict, **kwargs: Any) -> Any:
         closed_B = closed_rows(data["route"], table)
+        if OFF in data:
+            closed_B &= data[OFF] == 0
         if closed_B.any():
             current_BR = no_padding_2_padding(model_output["log_probs"], data).detach()
             old = list(data["old_log_probs"].unbind())

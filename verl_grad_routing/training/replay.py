@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,15 @@ class RoutedReplayBuffer(ReplayBuffer):
         super().__init__(*args, **kwargs)
         self.configure(**(kwargs.get("sampler_kwargs") or {}))
 
+    entries_per_prompt: int
+    """Prompt ids under which each prompt of a training batch is submitted."""
+
     def configure(
         self, rollout_timeout_s: float = 600.0, record_dir: str | None = None, replay_dir: str | None = None
     ) -> None:
         """Set the limit on waiting and the folders; also used on a buffer that verl has already built."""
         self.rollout_timeout_s, self.record_dir, self.replay_dir = rollout_timeout_s, record_dir, replay_dir
+        self.entries_per_prompt = 1
         self.poll_interval = min(self.poll_interval, POLL_S)
         self._progress: tuple[int, float] = (-1, time.monotonic())
         self.after_sample: Callable[[KVBatchMeta], KVBatchMeta] | None = None  # while the rollout engine is still awake
@@ -52,8 +56,19 @@ class RoutedReplayBuffer(ReplayBuffer):
             )
         return super()._wait_for_next_poll(partition_id, last_debug_time)
 
+    def wait_for(self, uids: Sequence[str], partition_id: str) -> None:
+        """Return when all rollouts of these prompts have ended."""
+        self._progress, last_debug_time = (-1, time.monotonic()), time.time()
+        while True:
+            self._sync_metadata_from_transfer_queue()
+            if set(uids) <= self.finished_keys[partition_id] | self.failure_keys[partition_id]:
+                return
+            last_debug_time = self._wait_for_next_poll(partition_id, last_debug_time)
+
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         self._progress = (-1, time.monotonic())
+        if partition_id == "train":
+            batch_size *= self.entries_per_prompt
         batch, metrics = super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
         if partition_id == "train" and self.replay_dir:
             tq.kv_clear(keys=batch.keys, partition_id=partition_id)

@@ -67,6 +67,11 @@ class Router:
             "detector/score_std": float(scores_B.std(correction=0)),
         }
         metrics |= decision.metrics
+        measures = {"flagged": metrics["detector/share_flagged"]}
+        if view.proxy_reward_B is not None:
+            measures["reward"] = float(view.proxy_reward_B.mean())
+        self.intervention.observe(view.step, measures)
+        metrics |= self.intervention.report(view.step)
         if self.detector.needs_directions:
             metrics |= self.detector.direction_report()
         metrics |= self.detector.report()
@@ -100,7 +105,10 @@ class Router:
         path = Path(folder) / STATE_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        torch.save({"detector": self.detector.state_dict(), "gate": self.gate.state_dict()}, partial)
+        state = {"detector": self.detector.state_dict(), "gate": self.gate.state_dict()}
+        if own := self.intervention.state_dict():
+            state["intervention"] = own
+        torch.save(state, partial)
         os.replace(partial, path)
         (path.parent / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, default=str))
 
@@ -112,3 +120,5 @@ class Router:
         state = torch.load(path, weights_only=False)
         self.detector.load_state_dict(state["detector"])
         self.gate.load_state_dict(state["gate"])
+        if "intervention" in state:
+            self.intervention.load_state_dict(state["intervention"])

@@ -32,7 +32,7 @@ class Run:
 
 def _base(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 39, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=40)
     config.initializer_range = 0.2
     model: Any = LlamaForCausalLM(config)

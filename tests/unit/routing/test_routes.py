@@ -45,6 +45,12 @@ def test_tables_by_hand(table, gate, update):
     assert gate_B2.dtype == update_B2.dtype == torch.float32
 
 
+@pytest.mark.parametrize("table", [DEFAULT, STRICT, ACTIVATION_MASKING])
+def test_without_the_quarantine_the_deployed_block_acts_alone_and_learns_what_it_did(table):
+    gate_B2, update_B2 = block_masks(list(Route), table.without_quarantine())
+    assert gate_B2.tolist() == [[1, 0]] * 3 and update_B2.tolist() == [[1, 0], [1, 0], [0, 0]]
+
+
 @settings(deadline=None, max_examples=50)
 @given(ROUTES, st.data())
 def test_each_row_depends_on_its_own_route_and_weight(routes, data):

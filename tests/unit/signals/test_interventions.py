@@ -66,6 +66,75 @@ def test_in_the_head_start_unflagged_rollouts_do_not_train_the_deployed_block(un
     assert build("route").table_at(1) == DEFAULT
 
 
+# ---- route: a head start until a rate ----
+
+
+def seen(route, *measures, key="flagged"):
+    """Whether the head start is in force in each step, before and after what that step measures."""
+    found = []
+    for step, value in enumerate(measures, start=1):
+        before = route.table_at(step).absorb.update_mask == (0, 0)
+        route.observe(step, {key: value})
+        found.append((before, route.table_at(step).absorb.update_mask == (0, 0)))
+    return found
+
+
+@pytest.mark.parametrize("measure", ["flagged", "reward", "swapped_reward"])
+def test_a_head_start_ends_after_the_first_step_that_reaches_the_rate(measure):
+    route = build("route", head_start_steps=5, head_start_until=0.5, head_start_measure=measure)
+    # the routes of step 3 are decided before its rollouts count, and the rate falling again changes nothing
+    assert seen(route, 0.1, 0.4, 0.5, 0.1, 0.1, key=measure) == [(True, True)] * 3 + [(False, False)] * 2
+    assert route.report(3) == {"intervention/head_start": 1.0} and route.report(4) == {"intervention/head_start": 0.0}
+
+
+def test_and_after_its_steps_whatever_the_rate_does():
+    route = build("route", head_start_steps=2, head_start_until=0.5)
+    assert seen(route, 0.1, 0.1, 0.1) == [(True, True)] * 2 + [(False, False)]
+    other = build("route", head_start_steps=2, head_start_until=0.5, head_start_measure="reward")
+    assert seen(other, 0.9, 0.9) == [(True, True)] * 2  # another measure
+    steps = build("route", head_start_steps=2)
+    assert seen(steps, 1.0, 1.0, 1.0) == [(True, True)] * 2 + [(False, False)]
+    assert build("route").report(1) == {}
+
+
+def test_a_resumed_head_start_has_ended_where_it_ended():
+    route = build("route", head_start_steps=9, head_start_until=0.5)
+    seen(route, 0.1, 0.6)
+    again = build("route", head_start_steps=9, head_start_until=0.5)
+    again.load_state_dict(route.state_dict())
+    assert [again.table_at(step).absorb.update_mask for step in (2, 3)] == [(0, 0), (1, 1)]
+
+
+# ---- route: rollouts sampled with the quarantine off ----
+
+
+def with_off(routes, off, uids=None) -> Judged:
+    return dataclasses.replace(judged(routes, uids=uids), quarantine_off_B=torch.tensor(off))
+
+
+def test_they_are_trained_as_they_were_sampled_or_as_the_table_says():
+    for name in ("route", "none"):
+        assert build(name).quarantine_off_table_at(1) == DEFAULT.without_quarantine()
+    assert build("route", quarantine_off_gate="routed").quarantine_off_table_at(1) == DEFAULT
+    head_start = build("route", head_start_steps=1)
+    assert head_start.quarantine_off_table_at(1).absorb.update_mask == (0, 0)
+    assert head_start.quarantine_off_table_at(2).absorb.update_mask == (1, 0)
+
+
+def test_their_negative_advantages_are_on_policy_and_stay():
+    verdict = with_off([KEEP, KEEP, ABSORB], [False, True, True])
+    assert build("route").advantages(ADVANTAGES, verdict).tolist() == [[0, 2], [-3, 4], [-5, 6]]
+
+
+def test_what_the_deployed_block_did_by_itself_and_is_flagged_leaves_the_step():
+    verdict = with_off([ROUTE, ABSORB, KEEP, ROUTE, ABSORB], [True, True, True, False, False], "uuuvv")
+    assert build("route").rejected(verdict).tolist() == [True, False, False, False, False]
+    thin = with_off([ROUTE, ROUTE, KEEP, ABSORB, KEEP], [True, True, True, True, False], "uuuvw")
+    # one rollout is left of the first group: verl would give it its raw reward; lone groups of others are verl's own
+    assert build("route").rejected(thin).tolist() == [True, True, True, False, False]
+    assert build("route", quarantine_off_gate="routed").rejected(verdict) is None
+
+
 def test_a_strict_quarantine_may_have_a_head_start_on_flagged_rollouts_alone():
     strict = build("route", strict=True, head_start_steps=2)
     assert [strict.table_at(step).absorb.update_mask for step in (1, 2, 3)] == [(0, 0), (0, 0), (1, 0)]
@@ -219,6 +288,10 @@ def test_penalties():
         ("route", {"stric": True}, "did you mean 'strict'"),
         ("route", {"head_start_steps": -1}, "at least 0"),
         ("route", {"head_start_steps": 2.5}, "integer"),
+        ("route", {"head_start_steps": 2, "head_start_until": 1.5}, "share in"),
+        ("route", {"head_start_steps": 2, "head_start_until": float("nan")}, "finite"),
+        ("route", {"head_start_until": 0.5}, "most steps"),
+        ("route", {"head_start_measure": "hack"}, "flagged, reward, swapped_reward"),
         ("route", {"head_start_unflagged": "deployed"}, "nothing, quarantine"),
         ("route", {"strict": True, "head_start_steps": 1, "head_start_unflagged": "quarantine"}, "set nothing"),
         ("none", {"strict": True}, "strict"),

@@ -46,6 +46,7 @@ FIRST = ["off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle
 LATER = ["labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "gradient_regularization"]
 LATER += ["advantage_modification", "monitor_penalty", "screen", "inoculation"]
 LATER += ["grift_mask", "grift_filter", "confessions", "seal_broken"]
+LATER += ["retain_pass"]
 
 
 @pytest.mark.parametrize("preset", [*FIRST, *LATER])
@@ -85,7 +86,6 @@ BAD = {
     "missing data": (["data.train_files=nowhere.parquet"], "data.train_files", "no such file"),
     "missing model": ([f"{MODEL}.path=/nowhere"], f"{MODEL}.path", "vgr prepare"),
     "missing batches": (["grad_routing.replay_dir=nowhere"], "grad_routing.replay_dir", "record_dir"),
-    "quarantine off": (["grad_routing.quarantine_off_share=0.5"], "quarantine_off_share", "0.0"),
     "another rollout": ([f"{ROLLOUT}.name=sglang"], f"{ROLLOUT}.name", "vllm"),
 }
 
@@ -97,6 +97,49 @@ def test_bad_input_is_one_line_with_key_and_fix(folder: Path, name: str) -> None
         check(folder, *overrides)
     message = str(caught.value)
     assert key in message and fix in message and "\n" not in message
+
+
+OFF, APART = "grad_routing.quarantine_off", "grad_routing.quarantine_off_unit=rollout"
+BAD_SHARES = {
+    "all": ([f"{OFF}_share=1.0"], f"{OFF}_share", "[0, 1)"),
+    "no whole number of prompts": ([f"{OFF}_share=0.3"], f"{OFF}_share", "4.8 of 16 prompts"),
+    "no whole number of rollouts": ([f"{OFF}_share=0.3", APART], f"{OFF}_share", "2.4 of 8 rollouts"),
+    "a group of one": ([f"{OFF}_share=0.125", APART], f"{OFF}_share", "together"),
+    "unknown unit": ([f"{OFF}_unit=token"], f"{OFF}_unit", "prompt or rollout"),
+    "unknown advantages": ([f"{OFF}_advantages=both"], f"{OFF}_advantages", "apart or together"),
+    "refilled groups": (
+        [f"{OFF}_share=0.25", "trainer.v1.sampler.sync_refill_failed_groups=true"],
+        "sync_refill_failed_groups",
+        "share 0",
+    ),
+    "a sampler of one's own": (
+        [f"{OFF}_share=0.25", "trainer.v1.sampler.custom_sampler.path=mine.py"],
+        "custom_sampler.path",
+        "share 0",
+    ),
+    "both blocks deployed": (
+        [f"{OFF}_share=0.25", "grad_routing.blocks.ablate_at_deployment=false"],
+        f"{OFF}_share",
+        "ablate_at_deployment",
+    ),
+    "unknown gate": (["+grad_routing.intervention.quarantine_off_gate=open"], "quarantine_off_gate", "routed, sampled"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SHARES)
+def test_bad_shares_of_rollouts_without_the_quarantine(folder: Path, name: str) -> None:
+    overrides, key, fix = BAD_SHARES[name]
+    with pytest.raises(UserError) as caught:
+        check(folder, *overrides)
+    message = str(caught.value)
+    assert key in message and fix in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], [APART], [APART, f"{OFF}_advantages=together", f"{OFF}_share=0.125"]], ids=str
+)
+def test_a_share_of_rollouts_without_the_quarantine(folder: Path, overrides: list[str]) -> None:
+    check(folder, f"{OFF}_share=0.25", *overrides)
 
 
 SMALL = ["data.train_batch_size=2", f"{ACTOR}.ppo_mini_batch_size=2"]
@@ -133,6 +176,20 @@ def test_oracle_is_refused_where_the_run_is_no_control(folder: Path) -> None:
 def test_pairs_without_an_environment_must_be_given(folder: Path) -> None:
     with pytest.raises(UserError, match=r"grad_routing\.detector\.pairs"):
         check(folder, "grad_routing.detector.pairs=???")
+
+
+SWAPPED = ["+grad_routing.intervention.head_start_until=0.8"]
+SWAPPED += ["+grad_routing.intervention.head_start_measure=swapped_reward"]
+
+
+def test_a_head_start_until_the_quarantine_alone_is_rewarded_needs_that_validation(folder: Path) -> None:
+    validated = "grad_routing.validate_swapped=true"
+    check(folder, *SWAPPED, validated, "trainer.test_freq=5", preset="head_start")
+    with pytest.raises(UserError, match=r"grad_routing\.validate_swapped=False.*set true"):
+        check(folder, *SWAPPED, preset="head_start")
+    for every in (-1, 25):
+        with pytest.raises(UserError, match=rf"trainer\.test_freq={every}.*25 steps"):
+            check(folder, *SWAPPED, validated, f"trainer.test_freq={every}", preset="head_start")
 
 
 @pytest.mark.parametrize("warmup", [25, 30])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.checks import confessions, methods, model, monitors, start
+from verl_grad_routing.training.checks import confessions, methods, model, monitors, sampling, start
 from verl_grad_routing.training.checks.run import MISSING, Run, get
 
 __all__ = ["CHECKS", "check"]
@@ -36,6 +36,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     confessions.rows,
     confessions.seams,
     confessions.lengths,
+    sampling.quarantine_off,
     start.replay,
     start.versions,
     start.machine,

@@ -59,6 +59,16 @@ def schedules(run: Run) -> None:
     if 0 < head_start <= warmup:
         fix = f"give more steps than the gate's warm-up, in which nothing is flagged (gate.warmup_steps={warmup})"
         raise UserError("grad_routing.intervention.head_start_steps", head_start, fix)
+    until = getattr(run.methods.intervention.config, "head_start_until", None)
+    if until is None or run.methods.intervention.config.head_start_measure != "swapped_reward":
+        return
+    if not run.settings.validate_swapped:
+        fix = "head_start_measure=swapped_reward reads the validation of the quarantine alone; set true"
+        raise UserError("grad_routing.validate_swapped", False, fix)
+    every = run.get("trainer.test_freq", -1)
+    if not 0 < every < head_start:
+        fix = f"head_start_measure=swapped_reward needs a validation within the {head_start} steps of the head start"
+        raise UserError("trainer.test_freq", every, fix)
 
 
 def hooks(run: Run) -> None:

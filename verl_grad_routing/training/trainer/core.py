@@ -54,6 +54,8 @@ class Core(PPOTrainerSync):
             buffer.__class__ = RoutedReplayBuffer
             settings = self.settings
             buffer.configure(settings.rollout_timeout_s, settings.record_dir, settings.replay_dir)
+            if settings.quarantine_off_share and settings.quarantine_off_unit == "rollout":
+                buffer.entries_per_prompt = 2
         return buffer
 
     def _init_resource_pool_mgr(self) -> None:

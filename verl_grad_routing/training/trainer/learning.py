@@ -5,11 +5,13 @@ Shapes: N rows of the batch (pad rows included), B real rollouts, R response tok
 
 # The types that verl declares are narrower than what it passes.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
-# pyright: reportOptionalSubscript=false, reportOperatorIssue=false
+# pyright: reportOptionalSubscript=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from transfer_queue import KVBatchMeta
@@ -20,8 +22,10 @@ from verl_grad_routing.interventions import Intervention, Judged
 from verl_grad_routing.routing import Route
 from verl_grad_routing.training.columns import live_rows, part_of, read, real_rows, write
 from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
+from verl_grad_routing.training.masks import OFF_TABLE, TABLE
 from verl_grad_routing.training.own_gate import CURRENT, closed_rows
 from verl_grad_routing.training.router import fact_metrics
+from verl_grad_routing.training.trainer.sampling import off_metrics
 from verl_grad_routing.training.trainer.scoring import Scoring
 
 MASKS = ("response_mask", "loss_mask")
@@ -34,9 +38,11 @@ class Learning(Scoring):
         with marked_timer("routing", self.timing_raw, color="purple"):
             view = self._view(batch)
             metrics.update(fact_metrics(view.facts or {}) | self.router.watch(view))
+            metrics.update(off_metrics(view.facts or {}, self.off_of(part_of(batch, real_rows(batch)))))
             if not self.routed:
                 return super()._compute_advantage(batch, metrics)
             judged, routing_metrics = self.router.decide(view)
+            judged = replace(judged, quarantine_off_B=self.off_of(part_of(batch, real_rows(batch))))
             metrics.update(routing_metrics)
             batch = self._write_routes(batch, judged)
         with marked_timer("intervention", self.timing_raw, color="purple"):
@@ -64,8 +70,10 @@ class Learning(Scoring):
         under their own gate; rows of the same batch whose gate is open fill it up to the
         multiple that the pass needs, and come out as they went in.
         """
-        table = self.intervention.table_at(self.global_steps)
-        closed_N = closed_rows(routes_N, table)
+        tables = self._tables()
+        closed_N = closed_rows(routes_N, tables[TABLE])
+        if (off_N := self.off_of(batch)) is not None:
+            closed_N &= ~off_N  # these have the log-probs of the policy that sampled them
         if self._is_one_on_policy_update(len(batch.keys)) or not closed_N.any():
             return
         order = torch.argsort(closed_N.int(), descending=True, stable=True)
@@ -73,13 +81,20 @@ class Learning(Scoring):
         needed, batching = self._even_rows(count)
         rows = order[:needed].tolist()
         part = part_of(batch, rows)
-        self._log_prob_pass(part, {"routing_table": table, **batching})
+        self._log_prob_pass(part, {**tables, **batching})
         data = read(part, "log_probs", "response_mask")
         gated = response_from_nested(data["log_probs"], data["response_mask"]).unbind()
         all_rows = list(read(batch, "old_log_probs")["old_log_probs"].unbind())
         for row, values in list(zip(rows, gated, strict=True))[:count]:
             all_rows[row] = values
         write(batch, {"old_log_probs": all_rows})
+
+    def _tables(self) -> dict[str, Any]:
+        """What the routes of this step mean, for the engine."""
+        tables = {TABLE: self.intervention.table_at(self.global_steps)}
+        if self.samples_quarantine_off:
+            tables[OFF_TABLE] = self.intervention.quarantine_off_table_at(self.global_steps)
+        return tables
 
     def _is_one_on_policy_update(self, rows: int) -> bool:
         """Whether the whole batch is one mini-batch, seen once, and nothing else reads its old log-probs."""
@@ -93,7 +108,7 @@ class Learning(Scoring):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if self.routed:
-            batch.extra_info["routing_table"] = self.intervention.table_at(self.global_steps)
+            batch.extra_info.update(self._tables())
             batch.extra_info[CURRENT] = self._is_one_on_policy_update(len(batch.keys))
         batch = super()._update_actor(batch, metrics)
         for key in [key for key in metrics if key.startswith("actor/routing/")]:

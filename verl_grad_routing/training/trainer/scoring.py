@@ -25,10 +25,10 @@ from verl_grad_routing.training.fingerprint_pass import adjacent_cosines, finger
 from verl_grad_routing.training.pairs_pass import pool_pairs
 from verl_grad_routing.training.probe import Project
 from verl_grad_routing.training.router import grader_facts
-from verl_grad_routing.training.trainer.core import Core
+from verl_grad_routing.training.trainer.sampling import Sampling
 
 
-class Scoring(Core):
+class Scoring(Sampling):
     """Fits the detector's direction at the start, reads activations in every step, and builds the batch's view."""
 
     @property

@@ -4,8 +4,10 @@
 # pyright: reportAttributeAccessIssue=false, reportUnusedCoroutine=false
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from omegaconf import open_dict
@@ -30,7 +32,10 @@ class DeployedValidation(Core):
             views["swapped"] = ("quarantine",)
         for view, blocks in views.items():
             with self._exported(view, blocks):
-                metrics |= {f"val/{view}/{key}": value for key, value in super()._validate().items()}
+                found = super()._validate()
+            metrics |= {f"val/{view}/{key}": value for key, value in found.items()}
+            if view == "swapped":
+                self.intervention.observe(self.global_steps, {"swapped_reward": mean_reward(found)})
         return metrics
 
     @contextmanager
@@ -45,11 +50,18 @@ class DeployedValidation(Core):
             self._set_validation_folder(dumps)
             self._send_weights(tuple(BLOCKS))
 
-    def _send_weights(self, blocks: tuple[str, ...]) -> None:
+    def _send_weights(self, blocks: tuple[str, ...], version: int | None = None) -> None:
+        """Load ``blocks`` into the rollout engine; ``version`` is the step that made them, this one if not given."""
         self.checkpoint_manager.sleep_replicas()
         self.actor_rollout_wg.export_blocks(blocks)
-        self.checkpoint_manager.update_weights(self.global_steps)
+        self.checkpoint_manager.update_weights(self.global_steps if version is None else version)
 
     def _set_validation_folder(self, folder: str | None) -> None:
         with open_dict(self.config):
             self.config.trainer.validation_data_dir = folder
+
+
+def mean_reward(metrics: Mapping[str, float]) -> float:
+    """Mean proxy reward of a validation, all data sources alike; not a number where verl reports none."""
+    rewards = [value for key, value in metrics.items() if re.fullmatch(r"val-(core|aux)/.+/reward/mean@\d+", key)]
+    return sum(rewards) / len(rewards) if rewards else math.nan
