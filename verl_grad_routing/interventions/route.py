@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ class RouteGradients(Intervention):
     """
 
     uses_routes: ClassVar[bool] = True
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "strict": {"strict": True}}
 
     @dataclass(frozen=True)
     class Config:
@@ -85,6 +87,8 @@ class RouteGradients(Intervention):
 @INTERVENTIONS.register("none")
 class NoIntervention(Intervention):
     """Nothing happens to a rollout whatever its score: both blocks train on everything. Scores are still logged."""
+
+    needs_verdicts: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Config:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.checks import methods, model, start
+from verl_grad_routing.training.checks import combinations, methods, model, start
 from verl_grad_routing.training.checks.run import MISSING, Run, get
 
 __all__ = ["CHECKS", "check"]
@@ -30,6 +30,8 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     methods.schedules,
     methods.hooks,
     methods.layers,
+    combinations.combination,
+    combinations.shadows,
     start.replay,
     start.versions,
     start.machine,
