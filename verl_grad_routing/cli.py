@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from verl_grad_routing.commands import tables
 from verl_grad_routing.errors import UserError
 
 app = typer.Typer(
@@ -332,6 +333,9 @@ def _environments() -> list[tuple[str, str]]:
     from verl_grad_routing.envs import ENVIRONMENTS, describe
 
     return [(name, describe(name)) for name in sorted(ENVIRONMENTS)]
+
+
+tables.register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,1 @@
+"""Commands of ``vgr`` in files of their own; each exports ``register(app)``."""
