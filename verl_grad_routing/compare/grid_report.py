@@ -100,12 +100,15 @@ def _figures(results: Results) -> list[tuple[str, str, str]]:
     """Title, drawing and caption of each figure."""
     from verl_grad_routing.compare.figures import curves_figure
     from verl_grad_routing.compare.grid_figures import pareto_seeds_figure, signals_figure, types_figure
+    from verl_grad_routing.compare.shadow_report import CAPTION as SHADOWS_CAPTION
+    from verl_grad_routing.compare.shadow_report import shadow_figure
 
     kinds: list[tuple[str, Callable[[list[StoredRun]], str | None], str]] = [
         ("hacking and solving, with and without the quarantine", curves_figure, markup.CURVES_CAPTION),
         ("what is deployed", pareto_seeds_figure, PARETO_CAPTION),
         ("loophole types", types_figure, TYPES_CAPTION),
         ("what the detector saw and what was routed", signals_figure, markup.DETECTOR_CAPTION),
+        ("what other methods said of the same rollouts", shadow_figure, SHADOWS_CAPTION),
     ]
     drawn = [
         (f"{place}: {title}", draw(results.of(place)), caption)

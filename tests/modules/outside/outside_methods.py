@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -36,7 +37,7 @@ class Repetition(Detector):
     def _share(self, text: str) -> float:
         if len(text) < self.config.least:
             return 0.0
-        return sum(a == b for a, b in zip(text, text[1:], strict=False)) / (len(text) - 1)
+        return sum(a == b for a, b in itertools.pairwise(text)) / (len(text) - 1)
 
 
 @INTERVENTIONS.register("soften")
