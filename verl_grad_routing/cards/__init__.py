@@ -22,6 +22,7 @@ from verl_grad_routing.registry import build_config
 
 CONTROLS = "controls"
 ORACLE = ("no", "part", "yes")
+TRUTH = ("labels", "oracle")  # signals that are the grader's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +100,15 @@ def check_cards() -> None:
         method = card_of(preset)
         if method is None:
             continue
-        name = preset_settings(preset).get("detector", {}).get("name", "constant")
-        signal = str(DETECTORS[name].signal) if name in DETECTORS else "none"
-        if signal not in (*method_cards()[method].signals, "none"):
-            fix = f"preset {preset} reads {signal} (detector {name}); add it to the card, and say so in its words"
-            raise UserError(f"cards/{method}.yaml: signals", list(method_cards()[method].signals), fix)
+        settings, card = preset_settings(preset), method_cards()[method]
+        name = settings["detector"]["name"]
+        signal = str(DETECTORS[name].signal)
+        told = f"preset {preset} reads {signal} (detector {name})"
+        if signal not in (*card.signals, "none"):
+            raise UserError(f"cards/{method}.yaml: signals", list(card.signals), f"{told}; add it, and say so in words")
+        if signal in TRUTH and card.oracle == "no" and not card.oracle_note:
+            fix = f"{told}; say part or yes, or what it amounts to in oracle_note"
+            raise UserError(f"cards/{method}.yaml: oracle", card.oracle, fix)
 
 
 def _card(name: str) -> MethodCard:
