@@ -82,6 +82,8 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "FSDPEngine._build_optimizer": "self module",
         "FSDPEngine.forward_backward_batch": "self data loss_function forward_only",
         "FSDPEngine.optimizer_step": "self",
+        "FSDPEngine.optimizer_zero_grad": "self",
+        "FSDPEngine.train_mode": "self **kwargs",
         "FSDPEngine.get_per_tensor_param": "self layered_summon base_sync_done **kwargs",
         "FSDPEngine.disable_adapter": "self",
         "FSDPEngine.save_checkpoint": "self local_path hdfs_path global_step max_ckpt_to_keep **kwargs",
@@ -100,6 +102,7 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "ActorRolloutRefWorker.compute_ref_log_prob": "self data",
         "ActorRolloutRefWorker.update_actor": "self data",
         "ActorRolloutRefWorker.update_weights": "self global_steps mode",
+        "TrainingWorker.train_batch": "self data",
         "TrainingWorker.train_mini_batch": "self data",
         "TrainingWorker.infer_batch": "self data",
     },
@@ -116,6 +119,11 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "SFTTrainer.__init__": "self config",
         "SFTTrainer.fit": "self",
         "create_sft_dataset": "data_paths data_config tokenizer processor max_samples",
+    },
+    "verl.utils.tensordict_utils": {
+        "maybe_fix_3d_position_ids": "data",
+        "get_tensordict": "tensor_dict non_tensor_dict",
+        "assign_non_tensor": "tensor_dict **kwargs",
     },
     "verl.utils.distributed": {
         "initialize_global_process_group_ray": "timeout_second backend",
