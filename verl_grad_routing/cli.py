@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from verl_grad_routing.commands import probe as probe_command
-from verl_grad_routing.commands import retain
+from verl_grad_routing.commands import retain, tables
 from verl_grad_routing.commands import self_report as self_report_commands
 from verl_grad_routing.commands.rft import rft_command
 from verl_grad_routing.errors import UserError
@@ -355,6 +355,9 @@ def _environments() -> list[tuple[str, str]]:
     from verl_grad_routing.envs import ENVIRONMENTS, describe
 
     return [(name, describe(name)) for name in sorted(ENVIRONMENTS)]
+
+
+tables.register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from verl_grad_routing.confessions.settings import ConfessionsConfig
@@ -103,6 +103,8 @@ class GradRoutingConfig:
         rollout_timeout_s: Seconds without one finished rollout after which the run ends with an error.
         record_dir: Folder that receives every training batch, for replay; ``None`` records nothing.
         replay_dir: Folder of recorded batches to train on instead of fresh rollouts.
+        compare: Methods that score the same rollouts in shadow (``shadows.build_shadows``): names or mappings.
+        compare_gradients_every: Steps between comparisons of the gradients that they would have produced; 0: never.
         hardware: See ``HardwareConfig``.
         environment: See ``EnvironmentConfig``.
     """
@@ -123,6 +125,8 @@ class GradRoutingConfig:
     rollout_timeout_s: float = 600.0
     record_dir: str | None = None
     replay_dir: str | None = None
+    compare: tuple[Any, ...] = ()
+    compare_gradients_every: int = 0
     hardware: HardwareConfig = field(default_factory=HardwareConfig, metadata={"config": HardwareConfig})
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig, metadata={"config": EnvironmentConfig})
 
@@ -146,6 +150,9 @@ class GradRoutingConfig:
             raise UserError("rollout_timeout_s", self.rollout_timeout_s, "give a positive number of seconds")
         if self.record_dir and self.replay_dir:
             raise UserError("replay_dir", self.replay_dir, "a run either records or replays; unset record_dir")
+        every = self.compare_gradients_every
+        if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+            raise UserError("compare_gradients_every", every, "give a whole number of steps, 0 for never")
 
 
 def parse(settings: Mapping[str, Any]) -> GradRoutingConfig:
@@ -169,18 +176,24 @@ def build_methods(config: GradRoutingConfig) -> Methods:
     Raises:
         UserError: An unknown name or key, a bad value, or a detector that reads the truth in a run that is no control.
     """
+    parts = {"detector": config.detector, "gate": config.gate, "intervention": config.intervention}
+    methods = build_parts(parts, config.control, "grad_routing")
+    return replace(methods, held_out=_held_out(config, methods.detector))
+
+
+def build_parts(parts: Mapping[str, Mapping[str, Any]], control: bool, where: str) -> Methods:
+    """As ``build_methods``, from the settings of the three parts; ``where`` is the configuration key above them."""
     from verl_grad_routing.detectors import DETECTORS
     from verl_grad_routing.gates import GATES
     from verl_grad_routing.interventions import INTERVENTIONS
 
     load_external_methods()
-    detector = DETECTORS.build(config.detector, "grad_routing.detector")
-    if detector.knows_everything and not config.control:
-        fix = "this detector reads the grader's truth; a run that uses it is a control: set grad_routing.control=true"
-        raise UserError("grad_routing.detector.name", config.detector["name"], fix)
-    gate = GATES.build(config.gate, "grad_routing.gate")
-    intervention = INTERVENTIONS.build(config.intervention, "grad_routing.intervention")
-    return Methods(detector, gate, intervention, _held_out(config, detector))
+    detector = DETECTORS.build(parts["detector"], f"{where}.detector")
+    if detector.knows_everything and not control:
+        fix = f"this detector reads the grader's truth; a run that uses it is a control: set {where}.control=true"
+        raise UserError(f"{where}.detector.name", parts["detector"]["name"], fix)
+    gate = GATES.build(parts["gate"], f"{where}.gate")
+    return Methods(detector, gate, INTERVENTIONS.build(parts["intervention"], f"{where}.intervention"))
 
 
 def _held_out(config: GradRoutingConfig, detector: Any) -> Any:

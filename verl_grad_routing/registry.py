@@ -89,6 +89,19 @@ def build_config(config_class: type, values: Mapping[str, Any], where: str) -> A
 
 
 def load_external_methods() -> None:
-    """Import the modules that other packages name in the entry-point group ``verl_grad_routing.methods``."""
+    """Import the modules that other packages name in the entry-point group ``verl_grad_routing.methods``.
+
+    Raises:
+        UserError: A package's module fails when it is imported, e.g. because it registers a name that is taken.
+    """
     for entry_point in entry_points(group=METHODS_GROUP):
-        entry_point.load()
+        try:
+            entry_point.load()
+        except Exception as error:  # whatever another package's code may raise
+            package = entry_point.dist.name if entry_point.dist is not None else "a package"
+            fix = f"{package} cannot register its methods ({_in_one_line(error)}); mend or uninstall it"
+            raise UserError(f"entry point {METHODS_GROUP}:{entry_point.name}", entry_point.value, fix) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join((str(error) if isinstance(error, UserError) else repr(error)).split())

@@ -36,7 +36,10 @@ def test_source_tells_the_same_as_the_imported_object(seam: Seam) -> None:
 @pytest.mark.parametrize(
     "room",
     ["engine", "worker", "replay", "inoculation"]
-    + [f"trainer.{room}" for room in ("core", "sampling", "scoring", "learning", "validation", "confessing")],
+    + [
+        f"trainer.{room}"
+        for room in ("core", "sampling", "scoring", "learning", "comparing", "validation", "confessing")
+    ],
 )
 def test_every_override_of_ours_is_written_down(room: str) -> None:
     ours = importlib.import_module(f"verl_grad_routing.training.{room}")

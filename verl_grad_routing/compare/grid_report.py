@@ -104,6 +104,8 @@ def _figures(results: Results) -> list[tuple[str, str, str]]:
     from verl_grad_routing.compare.figures import curves_figure
     from verl_grad_routing.compare.grid_figures import pareto_seeds_figure, signals_figure, types_figure
     from verl_grad_routing.compare.obfuscation_figure import obfuscation_figure
+    from verl_grad_routing.compare.shadow_report import CAPTION as SHADOWS_CAPTION
+    from verl_grad_routing.compare.shadow_report import shadow_figure
 
     kinds: list[tuple[str, Callable[[list[StoredRun]], str | None], str]] = [
         ("hacking and solving, with and without the quarantine", curves_figure, markup.CURVES_CAPTION),
@@ -111,6 +113,7 @@ def _figures(results: Results) -> list[tuple[str, str, str]]:
         ("loophole types", types_figure, TYPES_CAPTION),
         ("what the detector saw and what was routed", signals_figure, markup.DETECTOR_CAPTION),
         ("monitors under pressure", obfuscation_figure, PRESSURE_CAPTION),
+        ("what other methods said of the same rollouts", shadow_figure, SHADOWS_CAPTION),
     ]
     drawn = [
         (f"{place}: {title}", draw(results.of(place)), caption)

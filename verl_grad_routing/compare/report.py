@@ -24,6 +24,8 @@ from verl_grad_routing.compare.markup import (
 )
 from verl_grad_routing.compare.results import is_results
 from verl_grad_routing.compare.runs import METRICS, Run, load_run
+from verl_grad_routing.compare.shadow_report import CAPTION as SHADOWS_CAPTION
+from verl_grad_routing.compare.shadow_report import shadow_figure, shadow_table
 from verl_grad_routing.compare.tables import NONE, Table, cost_table, notes, rates_table, types_table
 from verl_grad_routing.errors import UserError
 
@@ -75,12 +77,13 @@ def _page(runs: Sequence[Run]) -> str:
         ("Hacking and solving, with and without the quarantine", curves_figure(runs), CURVES_CAPTION),
         ("What is deployed", pareto_figure(runs), PARETO_CAPTION),
         ("What the detector saw and what was routed", detector_figure(runs), DETECTOR_CAPTION),
+        ("What other methods said of the same rollouts", shadow_figure(runs), SHADOWS_CAPTION),
     ]
     drawn = [entry for entry in figures if entry[1] is not None]
     first, second, *rest = [
         figure(index, title, svg or "", caption) for index, (title, svg, caption) in enumerate(drawn, start=1)
     ]
-    types = types_table(runs)
+    types, shadows = types_table(runs), shadow_table(runs)
     body = [
         finding_list(findings(runs)),
         first,
@@ -90,6 +93,7 @@ def _page(runs: Sequence[Run]) -> str:
         item_list(notes(runs), "notes"),
         second,
         *rest,
+        to_html(shadows) if shadows else "",
         "<h2>Words</h2>",
         item_list([f"{word}: {meaning}." for word, meaning in DEFINITIONS.items()], "notes"),
         "<h2>Cost</h2>",

@@ -37,6 +37,7 @@ CURVES = (
     "monitor/heldout/rate",
     "monitor/heldout/recall",
     "timing_s/step",
+    "timing_s/gen",
 )
 POINTS = 50  # steps of a curve that are kept, about
 LEFT_OUT = ("command", "arm", "environment")  # of the record: it names folders of a machine; told elsewhere
@@ -136,9 +137,13 @@ def write_finished(folder: Path, cell: Cell, run: Run) -> None:
         for step in steps
         for deployed in ((False, True) if run.ablates else (False,))
     ]
-    curves = {key: _curve(run, key) for key in CURVES if run.has(key)}
+    curves = {key: _curve(run, key) for key in [*CURVES, *_of_shadows(run)] if run.has(key)}
     own = {"signal": _signal(run.record.detector), "curves": curves, "validations": validations}
     _write(folder / cell.result_name, identity | record | own)
+
+
+def _of_shadows(run: Run) -> list[str]:
+    return [key for key in run.keys if key.startswith("compare/")]
 
 
 def write_failed(folder: Path, cell: Cell, error: str) -> None:

@@ -100,6 +100,8 @@ class Detector(ABC):
         needs_directions: The worker must project pooled activations on this detector's directions
             (then it is an ``ActivationDetector``).
         needs_fingerprints: The worker must take gradient fingerprints (then it is a ``FingerprintDetector``).
+        tells_apart: Its scores can differ between rollouts; one that says no reaches no verdict on any.
+        score_range: Least and largest score where the scores are bounded, ``None`` where they are not.
         judges_whole_batch: Its scores compare the rollouts of a batch with each other (a clustering): the one exception
             to the rule of ``score``. Everything else about the rule stands, the order of the rollouts included.
     """
@@ -109,6 +111,8 @@ class Detector(ABC):
     needs_directions: ClassVar[bool] = False
     needs_fingerprints: ClassVar[bool] = False
     judges_whole_batch: ClassVar[bool] = False
+    tells_apart: ClassVar[bool] = True
+    score_range: ClassVar[tuple[float, float] | None] = None
     Config: ClassVar[type]
 
     def __init__(self, config: Any):

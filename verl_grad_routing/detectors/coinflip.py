@@ -21,6 +21,7 @@ class Coinflip(Detector):
     """
 
     signal: ClassVar[Signal] = Signal.none
+    score_range: ClassVar[tuple[float, float] | None] = (0, 1)
 
     @dataclass(frozen=True)
     class Config:

@@ -15,6 +15,8 @@ class Constant(Detector):
     """Score 0 for every rollout, for runs that route nothing."""
 
     signal: ClassVar[Signal] = Signal.none
+    tells_apart: ClassVar[bool] = False
+    score_range: ClassVar[tuple[float, float] | None] = (0, 0)
     Config = NoConfig
 
     def score(self, view: BatchView) -> Tensor:

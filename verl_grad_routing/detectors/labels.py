@@ -33,6 +33,7 @@ class Labels(Detector):
     """
 
     signal: ClassVar[Signal] = Signal.labels
+    score_range: ClassVar[tuple[float, float] | None] = (-1, 1)
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -35,6 +35,7 @@ class Monitor(Detector):
     """
 
     signal: ClassVar[Signal] = Signal.monitor
+    score_range: ClassVar[tuple[float, float] | None] = (0, 1)
 
     @dataclass(frozen=True)
     class Config:

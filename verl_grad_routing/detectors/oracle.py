@@ -19,6 +19,7 @@ class Oracle(Detector):
     """
 
     signal: ClassVar[Signal] = Signal.oracle
+    score_range: ClassVar[tuple[float, float] | None] = (-1, 1)
     Config = NoConfig
 
     def score(self, view: BatchView) -> Tensor:

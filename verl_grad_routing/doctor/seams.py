@@ -70,12 +70,6 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "ReplayBuffer._wait_for_next_poll": "self partition_id last_debug_time",
         "ReplayBuffer._sync_metadata_from_transfer_queue": "self",
     },
-    "verl.utils.tensordict_utils": {
-        "assign_non_tensor_data": "tensor_dict key val",
-        "assign_non_tensor_stack": "tensor_dict key val",
-        "get_tensordict": "tensor_dict non_tensor_dict",
-        "index_select_tensor_dict": "batch indices",
-    },
     "verl.workers.rollout.llm_server": {
         "LLMServerManager.get_addresses": "self",
         "LLMServerClient.generate": (
@@ -95,6 +89,8 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "FSDPEngine._build_optimizer": "self module",
         "FSDPEngine.forward_backward_batch": "self data loss_function forward_only",
         "FSDPEngine.optimizer_step": "self",
+        "FSDPEngine.optimizer_zero_grad": "self",
+        "FSDPEngine.train_mode": "self **kwargs",
         "FSDPEngine.get_per_tensor_param": "self layered_summon base_sync_done **kwargs",
         "FSDPEngine.disable_adapter": "self",
         "FSDPEngine.save_checkpoint": "self local_path hdfs_path global_step max_ckpt_to_keep **kwargs",
@@ -113,6 +109,7 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "ActorRolloutRefWorker.compute_ref_log_prob": "self data",
         "ActorRolloutRefWorker.update_actor": "self data",
         "ActorRolloutRefWorker.update_weights": "self global_steps mode",
+        "TrainingWorker.train_batch": "self data",
         "TrainingWorker.train_mini_batch": "self data",
         "TrainingWorker.infer_batch": "self data",
     },
@@ -135,13 +132,18 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "SFTTrainer.fit": "self",
         "create_sft_dataset": "data_paths data_config tokenizer processor max_samples",
     },
+    "verl.utils.tensordict_utils": {
+        "assign_non_tensor_data": "tensor_dict key val",
+        "assign_non_tensor_stack": "tensor_dict key val",
+        "index_select_tensor_dict": "batch indices",
+        "list_of_dict_to_tensordict": "list_of_dicts",
+        "maybe_fix_3d_position_ids": "data",
+        "get_tensordict": "tensor_dict non_tensor_dict",
+        "assign_non_tensor": "tensor_dict **kwargs",
+    },
     "verl.utils.distributed": {
         "initialize_global_process_group_ray": "timeout_second backend",
         "destroy_global_process_group": "",
-    },
-    "verl.utils.tensordict_utils": {
-        "index_select_tensor_dict": "batch indices",
-        "list_of_dict_to_tensordict": "list_of_dicts",
     },
     "verl.workers.config.optimizer": {
         "build_optimizer": "parameters config",

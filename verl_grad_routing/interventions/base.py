@@ -8,12 +8,15 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from verl_grad_routing.registry import Registry
 from verl_grad_routing.routing import DEFAULT, Route, RoutingTable
+
+if TYPE_CHECKING:  # detectors and interventions do not know each other when they run
+    from verl_grad_routing.detectors import Detector
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +52,31 @@ class Intervention(ABC):
     Class attributes:
         uses_routes: The gate's routes reach the engine; otherwise every rollout trains both blocks (ABSORB).
         needs_groups: It compares the rollouts of a prompt, so there must be at least two.
+        needs_verdicts: It does nothing, or the same to all, where a detector cannot tell rollouts apart.
+        variants: Settings under which it is another method, by name, for the table of combinations.
     """
 
     name: ClassVar[str] = ""  # set by the registry
     uses_routes: ClassVar[bool] = False
     needs_groups: ClassVar[bool] = False
+    needs_verdicts: ClassVar[bool] = True
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}}
     Config: ClassVar[type]
 
     def __init__(self, config: Any):
         self.config = config
+
+    def works_with(self, detector: type[Detector]) -> str | None:
+        """Why it makes no sense with detectors of this class, in one clause; ``None`` where it does.
+
+        The rule of the table of combinations, and of what is refused before a run starts.
+        """
+        if self.needs_verdicts and not detector.tells_apart:
+            return "the detector gives every rollout the same score, so none is told from another"
+
+    def verdicts(self, judged: Judged) -> Tensor:
+        """The rollouts [B] (bool) that it takes for the unwanted behaviour; for metrics alone."""
+        return judged.flagged_B
 
     @property
     def table(self) -> RoutingTable:

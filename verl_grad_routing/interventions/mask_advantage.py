@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from torch import Tensor
 from verl_grad_routing.directions.checks import require_bool
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.interventions.base import INTERVENTIONS, Intervention, Judged
+
+if TYPE_CHECKING:
+    from verl_grad_routing.detectors import Detector
 
 
 @INTERVENTIONS.register("mask_advantage")
@@ -21,6 +26,8 @@ class MaskAdvantage(Intervention):
     advantages no longer add up to zero. Ours, after GRIFT (arXiv 2604.16242), whose labels it was written for.
     """
 
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"hard": {"soft": False}, "soft": {"soft": True}}
+
     @dataclass(frozen=True)
     class Config:
         soft: bool = False  # by the detector's score, which must be in [0, 1], instead of the gate's flag
@@ -29,6 +36,15 @@ class MaskAdvantage(Intervention):
             require_bool("soft", self.soft)
 
     config: Config
+
+    def works_with(self, detector: type[Detector]) -> str | None:
+        low, high = detector.score_range or (float("-inf"), float("inf"))
+        if self.config.soft and (low < 0 or high > 1):
+            return "a soft mask multiplies by 1 - score, and the detector's scores are not in [0, 1]"
+        return super().works_with(detector)
+
+    def verdicts(self, judged: Judged) -> Tensor:
+        return judged.scores_B > 0.5 if self.config.soft else judged.flagged_B
 
     def advantages(self, advantages_BR: Tensor, judged: Judged) -> Tensor:
         weights_B = 1.0 - (_shares(judged.scores_B) if self.config.soft else judged.flagged_B.double())

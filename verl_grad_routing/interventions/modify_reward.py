@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class ModifyReward(Intervention):
     """
 
     needs_groups: ClassVar[bool] = True
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {form: {"form": form} for form in FORMS}
 
     @dataclass(frozen=True)
     class Config:
@@ -62,6 +63,13 @@ class ModifyReward(Intervention):
 
     config: Config
 
+    def verdicts(self, judged: Judged) -> Tensor:
+        """Scores above their group's mean: whose reward is modified."""
+        return self._z_scores(judged) > 0
+
     def rewards(self, rewards_B: Tensor, judged: Judged) -> Tensor:
-        z_B = group_z_scores(judged.scores_B, judged.uids, self.config.floor, self.config.resolution)
+        z_B = self._z_scores(judged)
         return FORMS[self.config.form](rewards_B.double(), z_B, self.config.alpha).to(rewards_B.dtype)
+
+    def _z_scores(self, judged: Judged) -> Tensor:
+        return group_z_scores(judged.scores_B, judged.uids, self.config.floor, self.config.resolution)

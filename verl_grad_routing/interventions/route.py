@@ -58,6 +58,7 @@ class RouteGradients(Intervention):
     """
 
     uses_routes: ClassVar[bool] = True
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "strict": {"strict": True}}
 
     @dataclass(frozen=True)
     class Config:
@@ -146,6 +147,8 @@ class RouteGradients(Intervention):
 @INTERVENTIONS.register("none")
 class NoIntervention(Intervention):
     """Nothing happens to a rollout whatever its score: both blocks train on everything. Scores are still logged."""
+
+    needs_verdicts: ClassVar[bool] = False
 
     @dataclass(frozen=True)
     class Config:

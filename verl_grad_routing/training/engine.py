@@ -176,24 +176,26 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         return model_output
 
     def _probed(self, micro_batch: TensorDict, output_args: dict) -> dict[str, torch.Tensor]:
-        """What the probe heard, pooled over each rollout's tokens at the position asked for."""
+        """What the probe heard, pooled over each rollout's tokens at the positions asked for."""
         lengths = micro_batch["input_ids"].offsets().diff().tolist()
         width = None  # packed
         if not tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
             width = max(lengths)
-        masks, segments = [], []
-        for row, (length, mask) in enumerate(zip(lengths, micro_batch["response_mask"].unbind(), strict=True)):
-            chosen = position_mask(mask, length - mask.shape[0], self.probe.position)
-            masks.append(torch.nn.functional.pad(chosen, (0, (width or length) - length)))
-            segments.append(torch.full((width or length,), row, device=mask.device))
-        plan = PoolPlan(torch.cat(masks), torch.cat(segments), len(lengths))
+
+        def plan(position: str) -> PoolPlan:
+            masks, segments = [], []
+            for row, (length, mask) in enumerate(zip(lengths, micro_batch["response_mask"].unbind(), strict=True)):
+                chosen = position_mask(mask, length - mask.shape[0], position)
+                masks.append(torch.nn.functional.pad(chosen, (0, (width or length) - length)))
+                segments.append(torch.full((width or length,), row, device=mask.device))
+            return PoolPlan(torch.cat(masks), torch.cat(segments), len(lengths))
 
         def flatten(hidden: torch.Tensor) -> torch.Tensor:
             if width is None:
                 return self._gather_and_unpad_packed(hidden.squeeze(0), output_args["pad_size"])
             return hidden.flatten(0, 1)
 
-        return self.probe.finish(plan, flatten)
+        return self.probe.finish({position: plan(position) for position in self.probe.positions}, flatten)
 
     # ---- the step ----
 

@@ -1,14 +1,15 @@
 """Reads the residual stream in a pass that verl runs anyway, and returns one row per rollout.
 
-Three requests, carried by the batch as the non-tensor ``probe``:
+Requests, carried by the batch as the non-tensor ``probe``:
 ``Pool(layers)`` returns the pooled activations themselves, for the contrastive pairs; ``Project(layers, vectors_DLd)``
-returns their projections, for the rollouts of a step; ``AdjacentCosines(layers)`` says how much each layer turns them.
+returns their projections, for the rollouts of a step, and ``Projections`` those of several detectors at once;
+``AdjacentCosines(layers)`` says how much each layer turns them.
 Shapes: B rollouts, L layers, D directions, d hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,21 @@ class Project:
     position: str = "resp_mean"
 
 
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """Return ``column`` [B, D1 + D2 + ...]: what each ``Project`` asks for, side by side.
+
+    Layers and positions may differ; each is read once. The numbers of a part are those that it gets alone, bit for bit.
+    """
+
+    parts: tuple[Project, ...]
+    column: str = "activation_scores"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({layer for part in self.parts for layer in part.layers}))
+
+
 @dataclass(frozen=True)
 class AdjacentCosines:
     """Return ``activation_pooled`` [B, L]: mean over tokens of the cosine between each layer's input and output."""
@@ -43,7 +59,7 @@ class AdjacentCosines:
     position: str = "resp_mean"
 
 
-Request = Pool | Project | AdjacentCosines
+Request = Pool | Project | Projections | AdjacentCosines
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -83,10 +99,11 @@ class ActivationProbe:
         return self._request is not None
 
     @property
-    def position(self) -> str:
-        """Which tokens of a rollout the request is about."""
+    def positions(self) -> tuple[str, ...]:
+        """Which tokens of a rollout the request is about, each position once."""
         assert self._request is not None
-        return self._request.position
+        parts = self._request.parts if isinstance(self._request, Projections) else (self._request,)
+        return tuple(dict.fromkeys(part.position for part in parts))
 
     def begin(self, request: Request | None) -> None:
         """Start listening for ``request`` (or stop). Raises ``UserError`` for a layer that the model has not."""
@@ -97,16 +114,32 @@ class ActivationProbe:
                 fix = f"the model has layers 1 to {len(self.layers)}"
                 raise UserError("grad_routing.detector.layers", layer, fix)
 
-    def finish(self, plan: PoolPlan, flatten: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def finish(self, plans: Mapping[str, PoolPlan], flatten: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Pool what was heard.
 
         Args:
-            plan: Which tokens belong to which rollout's completion.
-            flatten: Turns a layer's output into hidden states ``[N, d]`` in the order of the plan's tokens.
+            plans: For each position, which tokens belong to which rollout.
+            flatten: Turns a layer's output into hidden states ``[N, d]`` in the order of the plans' tokens.
         """
-        assert self._request is not None
-        pooled_BLd = torch.stack([plan.mean(flatten(self._hidden[layer])) for layer in self._request.layers], dim=1)
+        request = self._request
+        assert request is not None
+        hidden = {layer: flatten(self._hidden[layer]) for layer in request.layers}
         self._hidden.clear()
-        if isinstance(self._request, Project):
-            return {"activation_scores": project(pooled_BLd, self._request.vectors_DLd.to(pooled_BLd.device))}
-        return {"activation_pooled": pooled_BLd.flatten(1)}
+        pooled: dict[tuple[str, int], Tensor] = {}
+
+        def pooled_BLd(part: Pool | Project | AdjacentCosines) -> Tensor:
+            for layer in part.layers:
+                if (part.position, layer) not in pooled:
+                    pooled[part.position, layer] = plans[part.position].mean(hidden[layer])
+            return torch.stack([pooled[part.position, layer] for layer in part.layers], dim=1)
+
+        if isinstance(request, Projections):
+            scores = [_projected(pooled_BLd(part), part) for part in request.parts]
+            return {request.column: torch.cat(scores, dim=1)}
+        if isinstance(request, Project):
+            return {"activation_scores": _projected(pooled_BLd(request), request)}
+        return {"activation_pooled": pooled_BLd(request).flatten(1)}
+
+
+def _projected(pooled_BLd: Tensor, part: Project) -> Tensor:
+    return project(pooled_BLd, part.vectors_DLd.to(pooled_BLd.device))

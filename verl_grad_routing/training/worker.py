@@ -9,8 +9,11 @@ from typing import Any
 from tensordict import TensorDict
 from verl.plugin.platform import get_platform
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils import tensordict_utils as tu
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.workers.engine_workers import ActorRolloutRefWorker
+
+from verl_grad_routing.training.gradient_comparison import compare_gradients
 
 
 class RoutedActorRolloutRefWorker(ActorRolloutRefWorker):
@@ -38,6 +41,12 @@ class RoutedActorRolloutRefWorker(ActorRolloutRefWorker):
         """Pooled activations of given texts: rows of the result are ``activation_pooled`` [B, L * d]."""
         output = self.actor.infer_batch(data)
         return output.select("activation_pooled").cpu() if output is not None else None
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def compare_gradients(self, data: TensorDict) -> TensorDict:
+        """Gradients of a training batch under other masks and advantages, compared; nothing is stepped."""
+        found = compare_gradients(self.actor, data)
+        return tu.get_tensordict(tensor_dict={}, non_tensor_dict={"metrics": found}).cpu()
 
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def fingerprint(self, data: TensorDict) -> TensorDict | None:

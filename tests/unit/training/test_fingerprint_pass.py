@@ -79,7 +79,7 @@ def fingerprinted(monkeypatch: pytest.MonkeyPatch):
         view = BatchView(
             keys=tuple(keys), uids=tuple(keys), step=1, seed=0, proxy_reward_B=torch.tensor(REWARDS), facts=None
         )
-        return trainer, trainer._fingerprinted(real, view)
+        return trainer, trainer._fingerprinted(real, view, trainer.detector)
 
     return run
 

@@ -10,7 +10,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.checks import confessions, methods, model, monitors, sampling, start
+from verl_grad_routing.training.checks import (
+    combinations,
+    confessions,
+    methods,
+    model,
+    monitors,
+    sampling,
+    start,
+)
 from verl_grad_routing.training.checks.run import MISSING, Run, get
 
 __all__ = ["CHECKS", "check"]
@@ -37,6 +45,8 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     confessions.seams,
     confessions.lengths,
     sampling.quarantine_off,
+    combinations.combination,
+    combinations.shadows,
     start.replay,
     start.versions,
     start.machine,

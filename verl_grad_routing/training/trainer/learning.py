@@ -18,6 +18,7 @@ from transfer_queue import KVBatchMeta
 from verl.utils.debug import marked_timer
 from verl.workers.utils.padding import response_from_nested
 
+from verl_grad_routing.detectors import BatchView
 from verl_grad_routing.interventions import Intervention, Judged
 from verl_grad_routing.routing import Route
 from verl_grad_routing.training.columns import live_rows, part_of, read, real_rows, write
@@ -44,6 +45,8 @@ class Learning(Scoring):
             judged, routing_metrics = self.router.decide(view)
             judged = replace(judged, quarantine_off_B=self.off_of(part_of(batch, real_rows(batch))))
             metrics.update(routing_metrics)
+        self._observe(batch, view, judged, metrics)
+        with marked_timer("routing", self.timing_raw, color="purple"):
             batch = self._write_routes(batch, judged)
         with marked_timer("intervention", self.timing_raw, color="purple"):
             rejected = self._rejected(batch, judged, metrics)
@@ -51,6 +54,9 @@ class Learning(Scoring):
             batch = self._advantages(batch, rejected, metrics)
         with marked_timer("intervention", self.timing_raw, color="purple"):
             return self._shaped_advantages(batch, judged, metrics)
+
+    def _observe(self, batch: KVBatchMeta, view: BatchView, judged: Judged, metrics: dict) -> None:
+        """Called when the batch has been judged and nothing has been written yet; for looking, not for changing."""
 
     # ---- routes ----
 

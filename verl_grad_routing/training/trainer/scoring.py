@@ -12,24 +12,46 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transfer_queue import KVBatchMeta
 from verl.utils.debug import marked_timer
 
-from verl_grad_routing.detectors import BatchView, view_for
-from verl_grad_routing.directions import load_pairs
+from verl_grad_routing.detectors import ActivationDetector, BatchView, Detector, FingerprintDetector, view_for
+from verl_grad_routing.directions import PairSet, load_pairs
 from verl_grad_routing.training.columns import dense, part_of, plain, read, real_rows
 from verl_grad_routing.training.fingerprint_pass import adjacent_cosines, fingerprints
 from verl_grad_routing.training.pairs_pass import pool_pairs
-from verl_grad_routing.training.probe import Project
+from verl_grad_routing.training.probe import Project, Projections
 from verl_grad_routing.training.router import grader_facts
 from verl_grad_routing.training.trainer.sampling import Sampling
 
+PASSES = ("reference", "policy", "ablated")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """An activation detector with what it reads: the residual stream after ``layers``, in the pass ``which``."""
+
+    detector: ActivationDetector
+    layers: tuple[int, ...]
+    which: str
+    pairs: PairSet | None
+
+    @property
+    def projection(self) -> Project:
+        return Project(self.layers, self.detector.directions_DLd, self.detector.position)
+
 
 class Scoring(Sampling):
-    """Fits the detector's direction at the start, reads activations in every step, and builds the batch's view."""
+    """Fits the detectors' directions at the start, reads activations in every step, and builds the batch's view."""
+
+    @property
+    def detectors(self) -> list[Detector]:
+        """Every detector of the run, its own first."""
+        return [self.detector] if self.routed else []
 
     @property
     def reads_activations(self) -> bool:
@@ -39,48 +61,48 @@ class Scoring(Sampling):
     def reads_fingerprints(self) -> bool:
         return self.routed and self.detector.needs_fingerprints
 
-    # ---- the direction ----
+    # ---- the directions ----
 
     def _load_checkpoint(self) -> None:
         # before verl's own: the direction is that of the untrained model, and a resumed run's is loaded over it
-        if self.reads_activations:
+        self.readers: list[Reader] = []
+        readers = [detector for detector in self.detectors if isinstance(detector, ActivationDetector)]
+        if readers:
             shape = self.actor_rollout_wg.model_shape()[0]
-            self.layers = self.detector.resolve_layers(shape["layers"])
             self.hidden_size = shape["hidden_size"]
-            self.score_pass = self.detector.resolve_score_pass(self.ref_in_actor and self.use_reference_policy)
-            self.pairs = load_pairs(self.detector.config.pairs) if self.detector.needs_pairs else None
-            if self.pairs is not None:
-                self.detector.expect(self.pairs)
-            self._fit_directions()
-            print(
-                f"grad_routing: scores are read in the {self.score_pass} pass after layers {list(self.layers)} of "
-                f"{shape['layers']}; pairs {self.pairs.content_hash if self.pairs else 'none'}"
-            )
+            for detector in readers:
+                self.readers.append(reader := self._reader(detector, shape["layers"]))
+                self._fit_direction(reader)
+                print(
+                    f"grad_routing: scores of {detector.name} are read in the {reader.which} pass after layers "
+                    f"{list(reader.layers)} of {shape['layers']}; "
+                    f"pairs {reader.pairs.content_hash if reader.pairs else 'none'}"
+                )
         super()._load_checkpoint()
 
-    def _fit_directions(self) -> None:
-        pooled = (None, None)
-        if self.pairs is not None:
-            rows, batching = self._even_rows(2 * len(self.pairs))
-            pooled = pool_pairs(
-                self.actor_rollout_wg,
-                self.pairs,
-                self.tokenizer,
-                self.layers,
-                self.detector.pair_position,
-                self.score_pass,
-                rows,
-                batching,
-            )
-        pairs_hash = self.pairs.content_hash if self.pairs is not None else None
-        self.detector.fit(*pooled, self.layers, self.hidden_size, pairs_hash)
+    def _reader(self, detector: ActivationDetector, layers: int) -> Reader:
+        which = detector.resolve_score_pass(self.ref_in_actor and self.use_reference_policy)
+        pairs = load_pairs(detector.config.pairs) if detector.needs_pairs else None
+        if pairs is not None:
+            detector.expect(pairs)
+        return Reader(detector, detector.resolve_layers(layers), which, pairs)
+
+    def _fit_direction(self, reader: Reader) -> None:
+        detector, pairs, pooled = reader.detector, reader.pairs, (None, None)
+        if pairs is not None:
+            rows, batching = self._even_rows(2 * len(pairs))
+            where = (reader.layers, detector.pair_position, reader.which)
+            pooled = pool_pairs(self.actor_rollout_wg, pairs, self.tokenizer, *where, rows, batching)
+        pairs_hash = pairs.content_hash if pairs is not None else None
+        detector.fit(*pooled, reader.layers, self.hidden_size, pairs_hash)
 
     def on_step_begin(self) -> None:
         super().on_step_begin()
-        every = self.detector.config.refresh_every if self.reads_activations else 0
-        if every and self.score_pass != "reference" and self.global_steps > 1 and (self.global_steps - 1) % every == 0:
-            with marked_timer("refresh_direction", self.timing_raw, color="purple"):
-                self._fit_directions()
+        for reader in self.readers:
+            every = reader.detector.config.refresh_every if reader.which != "reference" else 0
+            if every and self.global_steps > 1 and (self.global_steps - 1) % every == 0:
+                with marked_timer("refresh_direction", self.timing_raw, color="purple"):
+                    self._fit_direction(reader)
 
     # ---- the passes ----
 
@@ -94,23 +116,25 @@ class Scoring(Sampling):
 
     @contextmanager
     def _probing(self, batch: KVBatchMeta, which: str) -> Iterator[None]:
-        """Let the pass inside project the rollouts' activations, if ``which`` is the pass that is read."""
-        if not self.reads_activations or self.score_pass != which:
+        """Let the pass inside project the rollouts' activations for every detector that reads the pass ``which``."""
+        projections = self._projections(which)
+        if not projections.parts:
             yield
             return
-        batch.extra_info["probe"] = self._projection()
+        batch.extra_info["probe"] = projections
         try:
             yield
         finally:
             batch.extra_info.pop("probe", None)
 
-    def _own_scoring_pass(self, batch: KVBatchMeta) -> None:
-        """The one extra forward, where no pass that verl runs can be read."""
-        extra = {"no_lora_adapter": self.score_pass == "reference", "ablate_quarantine": self.score_pass == "ablated"}
-        self._log_prob_pass(batch, {"probe": self._projection(), **extra})
+    def _own_scoring_pass(self, batch: KVBatchMeta, which: str) -> None:
+        """An extra forward, where verl makes no such pass."""
+        extra = {"no_lora_adapter": which == "reference", "ablate_quarantine": which == "ablated"}
+        self._log_prob_pass(batch, {"probe": self._projections(which), **extra})
 
-    def _projection(self) -> Project:
-        return Project(self.layers, self.detector.directions_DLd, self.detector.position)
+    def _projections(self, which: str) -> Projections:
+        parts = tuple(reader.projection for reader in self.readers if reader.which == which)
+        return Projections(parts, f"activation_scores_{which}")
 
     def _log_prob_pass(self, batch: KVBatchMeta, extra: dict[str, Any]) -> None:
         """Log-probs of ``batch`` into its ``log_probs`` field, without a loss or entropies."""
@@ -129,14 +153,14 @@ class Scoring(Sampling):
             )
         )
 
-    def _pass_was_made(self) -> bool:
+    def _pass_was_made(self, which: str) -> bool:
         correction = self.config.algorithm.get("rollout_correction", None)
         bypass = bool(correction and correction.get("bypass_mode", False))
         return {
             "policy": not bypass,
             "reference": self.use_reference_policy and self.ref_in_actor,
             "ablated": False,
-        }[self.score_pass]
+        }[which]
 
     def _even_rows(self, count: int, backward: bool = False) -> tuple[int, dict[str, int]]:
         """The least number of rows, at least ``count``, that ranks and micro-batches divide, and their setting.
@@ -159,42 +183,55 @@ class Scoring(Sampling):
     # ---- what is known of the batch ----
 
     def _view(self, batch: KVBatchMeta) -> BatchView:
-        """The real rollouts of ``batch``, scored activations and fingerprints included."""
-        if self.reads_activations and not self._pass_was_made():
-            self._own_scoring_pass(batch)
+        """The real rollouts of ``batch`` as the run's own detector may score them, and all texts that any reads."""
+        read_passes = [which for which in PASSES if any(reader.which == which for reader in self.readers)]
+        for which in read_passes:
+            if not self._pass_was_made(which):
+                self._own_scoring_pass(batch, which)
         real = part_of(batch, real_rows(batch))
-        fields = ["uid", "extra_fields", "rm_scores"]
+        columns = {which: f"activation_scores_{which}" for which in read_passes}
         texts: dict[str, tuple[str, ...]] = {}
-        fields += sorted({"prompts", "responses"} & self.router.reads)
-        if self.reads_activations:
-            fields.append("activation_scores")
-        data = read(real, *fields)
-        for name in fields:
-            if name in ("prompts", "responses"):
-                rows = data[name].unbind()
-                texts[name] = tuple(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows)
+        asked = self.router.reads.union(*(detector.reads for detector in self.detectors))
+        written = sorted({"prompts", "responses"} & asked)
+        data = read(real, "uid", "extra_fields", "rm_scores", *written, *columns.values())
+        for name in written:
+            rows = data[name].unbind()
+            texts[name] = tuple(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows)
+        self.activations = {which: dense(data[column]) for which, column in columns.items()}
         view = BatchView(
             keys=tuple(real.keys),
             uids=tuple(str(uid) for uid in plain(data["uid"])),
             step=self.global_steps,
             seed=self.settings.seed,
-            activation_scores_BD=dense(data["activation_scores"]) if self.reads_activations else None,
             proxy_reward_B=torch.stack([row.sum() for row in data["rm_scores"].unbind()]),
             facts=grader_facts(plain(data["extra_fields"])),
             **texts,
         )
-        return self._fingerprinted(real, view) if self.reads_fingerprints else view
+        return self._seen_by(self.detector, real, view) if self.routed else view
 
-    def _fingerprinted(self, real: KVBatchMeta, view: BatchView) -> BatchView:
-        """``view`` with the fingerprints that the detector asks for; zeros where it does not ask."""
+    def _seen_by(self, detector: Detector, real: KVBatchMeta, view: BatchView) -> BatchView:
+        """``view`` with the activations and fingerprints that ``detector`` asks for."""
+        if detector.needs_directions:
+            view = dataclasses.replace(view, activation_scores_BD=self._activation_scores(detector))
+        return self._fingerprinted(real, view, detector) if detector.needs_fingerprints else view
+
+    def _activation_scores(self, detector: Detector) -> torch.Tensor:
+        """The columns [B, D] that the pass read for ``detector``."""
+        mine = next(reader for reader in self.readers if reader.detector is detector)
+        sizes = {id(r): len(r.detector.directions_DLd) for r in self.readers if r.which == mine.which}
+        parts = self.activations[mine.which].split(list(sizes.values()), dim=1)
+        return dict(zip(sizes, parts, strict=True))[id(mine)]
+
+    def _fingerprinted(self, real: KVBatchMeta, view: BatchView, detector: FingerprintDetector) -> BatchView:
+        """``view`` with the fingerprints that ``detector`` asks for; zeros where it does not ask."""
         with marked_timer("fingerprint", self.timing_raw, color="purple"):
-            if self.detector.layers is None:
+            if detector.layers is None:
                 layers = self.actor_rollout_wg.model_shape()[0]["layers"]
                 even = self._even_rows(len(real.keys))
-                self.detector.choose_layers(adjacent_cosines(self.actor_rollout_wg, real, layers, *even))
-                print(f"grad_routing: the gradient probe sits in layers {list(self.detector.layers)} of {layers}")
-            chosen_B = self.detector.chosen_rows(view_for(self.detector, view))
-            probe = self.detector.probe
+                detector.choose_layers(adjacent_cosines(self.actor_rollout_wg, real, layers, *even))
+                print(f"grad_routing: the gradient probe sits in layers {list(detector.layers or ())} of {layers}")
+            chosen_B = detector.chosen_rows(view_for(detector, view))
+            probe = detector.probe
             found_BF = torch.zeros(len(real.keys), probe.dim)
             rows = chosen_B.nonzero().flatten().tolist()
             if rows:
