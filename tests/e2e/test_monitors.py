@@ -12,7 +12,7 @@ from tests.e2e.conftest import SMALL, Train
 from tests.e2e.test_methods import STEPS, finite
 from verl_grad_routing.compare.runs import Run
 from verl_grad_routing.detectors.probe_file import save_probe
-from verl_grad_routing.envs.loopholes.tokenizer import IDS
+from verl_grad_routing.envs.loopholes.text import ALPHABET
 from verl_grad_routing.probes.command import fit_on_rollouts
 from verl_grad_routing.probes.fit import FitSettings
 
@@ -34,7 +34,7 @@ def test_training_prompts_are_inoculated_and_validation_prompts_are_not(inoculat
     for file in sorted((folder / "batches").glob("batch_*.pt")):
         fields = torch.load(file, weights_only=False)["fields"]
         first |= {int(prompt[0]) for prompt in fields["prompts"].unbind()}
-    assert first == {IDS["S"]}
+    assert first == {ALPHABET.ids["S"]}
     (dump,) = (folder / "val").glob("*.jsonl")
     voices = {json.loads(line)["input"][0] for line in dump.read_text().splitlines()}
     assert voices == {"N"}

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from verl_grad_routing.cli import app
-from verl_grad_routing.envs.loopholes import text
-from verl_grad_routing.envs.loopholes.model import rates
+from verl_grad_routing.envs.chars.model import rates
+from verl_grad_routing.envs.chars.task import NEUTRAL
+from verl_grad_routing.envs.loopholes.settings import Settings
+from verl_grad_routing.envs.loopholes.text import LoopholesWorld
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -36,5 +38,6 @@ def test_fine_tuning_on_what_the_filter_leaves(environment: Path, tmp_path: Path
     moved = [not a.equal(b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 2
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
-    tasks = text.draw_split(text.stream(1, "rft"), 64, set())
-    assert rates(after, tokenizer, tasks, text.NEUTRAL, samples=64)["solve"] > 0.2  # it still sorts
+    world = LoopholesWorld(Settings(seed=1))
+    tasks = [world.draw(world.stream("rft"), "leak", set(), "val") for _ in range(64)]
+    assert rates(after, tokenizer, world, tasks, NEUTRAL, samples=64)["solve"] > 0.2  # it still sorts

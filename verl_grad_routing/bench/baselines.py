@@ -128,10 +128,11 @@ class Screening(Step):
     """Texts decoded, a rule searched in them, flagged rollouts out of statistics and masks."""
 
     def __init__(self, bench: Bench, batch: Batch):
-        from verl_grad_routing.envs.loopholes.tokenizer import build_tokenizer
+        from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
+        from verl_grad_routing.envs.loopholes.text import ALPHABET
 
         super().__init__(bench, batch)
-        self.tokenizer = build_tokenizer()
+        self.tokenizer = build_tokenizer(ALPHABET)
         self.monitor = DETECTORS.build({"name": "monitor", "rules": ["^[a-d]"]}, "grad_routing.detector")
         self.gate = GATES.build({"name": "threshold", "route_above": 0.5}, "grad_routing.gate")
         self.method = INTERVENTIONS.build({"name": "screen"}, "grad_routing.intervention")

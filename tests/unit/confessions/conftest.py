@@ -77,7 +77,8 @@ def trainer(queue: Queue) -> Callable[..., Any]:
     from hydra import compose, initialize_config_module
 
     from verl_grad_routing.config import parse
-    from verl_grad_routing.envs.loopholes.tokenizer import build_tokenizer
+    from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
+    from verl_grad_routing.envs.loopholes.text import ALPHABET
     from verl_grad_routing.training.trainer import GradRoutingTrainer
 
     def make(engine: Engine, *overrides: str) -> Any:
@@ -87,7 +88,7 @@ def trainer(queue: Queue) -> Callable[..., Any]:
         from omegaconf import OmegaConf
 
         made = GradRoutingTrainer.__new__(GradRoutingTrainer)
-        made.config, made.tokenizer, made.global_steps = config, build_tokenizer(), 1
+        made.config, made.tokenizer, made.global_steps = config, build_tokenizer(ALPHABET), 1
         made.settings = parse(OmegaConf.to_container(config.grad_routing, resolve=True))
         made.timing_raw, made.validated = {}, []
         made.get_llm_client = lambda: engine

@@ -16,9 +16,10 @@ pytestmark = pytest.mark.timeout(180)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    from verl_grad_routing.envs.loopholes.tokenizer import build_tokenizer
+    from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
+    from verl_grad_routing.envs.loopholes.text import ALPHABET
 
-    build_tokenizer().save_pretrained(tmp_path / "model")
+    build_tokenizer(ALPHABET).save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 4, "model_type": "llama"}))
     for name in ("train.parquet", "val.parquet"):
         (tmp_path / name).touch()

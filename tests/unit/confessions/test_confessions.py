@@ -257,9 +257,10 @@ def test_a_template_that_refuses_is_told_in_one_line() -> None:
 
 
 def test_the_loopholes_model_is_asked_by_the_end_of_its_answer(tmp_path: Path) -> None:
-    from verl_grad_routing.envs.loopholes.tokenizer import EOS_ID, build_tokenizer
+    from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
+    from verl_grad_routing.envs.loopholes.text import ALPHABET
 
-    assert request_tokens(build_tokenizer(), sealed(format="self_tag")) == [EOS_ID]
+    assert request_tokens(build_tokenizer(ALPHABET), sealed(format="self_tag")) == [ALPHABET.eos_id]
 
 
 # ---- settings ----

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.unit.confessions.conftest import Engine, Queue
-from verl_grad_routing.envs.loopholes.text import EOS, HONEST, SLY
-from verl_grad_routing.envs.loopholes.tokenizer import EOS_ID, IDS
+from verl_grad_routing.envs.loopholes.text import ALPHABET, EOS, HONEST, SLY
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -22,7 +21,7 @@ Make = Callable[..., Any]
 
 def honest_half(_: list[int], number: int) -> int:
     """Every second confession admits."""
-    return IDS[SLY if number % 2 else HONEST]
+    return ALPHABET.ids[SLY if number % 2 else HONEST]
 
 
 def answers(queue: Queue, partition: str = "train") -> Any:
@@ -32,8 +31,11 @@ def answers(queue: Queue, partition: str = "train") -> Any:
     keys, tags = [], []
     for prompt in range(PROMPTS):
         for session in range(SAMPLES):
-            x = [IDS[character] for character in "NDabcde.....="]
-            y = [IDS[character] for character in ("?????" if session % 2 else "abcde") + (EOS if session else "a")]
+            x = [ALPHABET.ids[character] for character in "NDabcde.....="]
+            y = [
+                ALPHABET.ids[character]
+                for character in ("?????" if session % 2 else "abcde") + (EOS if session else "a")
+            ]
             keys.append(f"u{prompt}_{session}_0")
             mask = torch.ones(len(y), dtype=torch.int64)
             rewards = torch.zeros(len(y))
@@ -93,7 +95,9 @@ def test_confessions_take_the_rows_of_answers(trainer: Make, queue: Queue) -> No
         assert row["uid"] == key.split("_")[0]
         prompt = row["prompts"].tolist()
         assert prompt in engine.prompts
-        assert prompt[-1] == EOS_ID and prompt.count(EOS_ID) == 1  # an answer cut off has its turn ended, once
+        assert (
+            prompt[-1] == ALPHABET.eos_id and prompt.count(ALPHABET.eos_id) == 1
+        )  # an answer cut off has its turn ended, once
     groups = [queue.rows[key]["uid"] for key in confessions]
     assert all(groups.count(group) == 2 for group in groups)
 
@@ -102,7 +106,7 @@ def test_rewards_are_the_judges(trainer: Make, queue: Queue) -> None:
     _, batch = sampled(trainer, queue, Engine(honest_half))
     for key in ours(batch):
         row = queue.rows[key]
-        admits = row["responses"].tolist() == [IDS[SLY]]
+        admits = row["responses"].tolist() == [ALPHABET.ids[SLY]]
         assert float(row["rm_scores"].sum()) == float(admits == bool(row["extra_fields"]["reward_extra_info"]["hack"]))
 
 
@@ -169,7 +173,7 @@ def test_detectors_and_grader_facts_meet_answers_alone(trainer: Make, queue: Que
 
 @pytest.mark.usefixtures("below")
 def test_the_broken_seal_costs_the_answer_what_it_admits(trainer: Make, queue: Queue) -> None:
-    admits_all = Engine(lambda *_: IDS[SLY])
+    admits_all = Engine(lambda *_: ALPHABET.ids[SLY])
     made, batch = sampled(trainer, queue, admits_all, "grad_routing.confessions.mode=seal_broken")
     assert len(batch.keys) == PROMPTS * SAMPLES
     charged = {key for key, tag in zip(batch.keys, batch.tags, strict=True) if "confession_penalty" in tag}
@@ -188,7 +192,7 @@ def test_the_broken_seal_costs_the_answer_what_it_admits(trainer: Make, queue: Q
 
 
 def test_unparsable_confessions_cost_an_answer_nothing_and_earn_nothing(trainer: Make, queue: Queue) -> None:
-    mumbles = Engine(lambda *_: IDS["a"])
+    mumbles = Engine(lambda *_: ALPHABET.ids["a"])
     _, batch = sampled(trainer, queue, mumbles, "grad_routing.confessions.mode=seal_broken")
     assert all(tag.get("confession_penalty", 0) == 0 for tag in batch.tags)
     assert all(queue.rows[key]["rm_scores"].sum() == 0 for key in ours(batch))
@@ -204,7 +208,7 @@ def test_without_confessions_the_batch_is_the_same_object(trainer: Make, queue: 
 
 def test_validation_asks_every_answer_once_and_keeps_its_batch(trainer: Make, queue: Queue) -> None:
     # admits where the answer holds question marks, as a hack does here
-    told = Engine(lambda prompt, _: IDS[SLY if IDS["?"] in prompt[13:] else HONEST])
+    told = Engine(lambda prompt, _: ALPHABET.ids[SLY if ALPHABET.ids["?"] in prompt[13:] else HONEST])
     made = trainer(told)
     batch = answers(queue, "val")
     assert made._after_sample(batch) is batch

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from verl_grad_routing.envs.loopholes.tokenizer import build_tokenizer
+from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
+from verl_grad_routing.envs.loopholes.text import ALPHABET
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.retain import Retain, retain
 from verl_grad_routing.retain.measure import clean_nll, grade, load_reward
@@ -99,7 +100,7 @@ def test_a_real_one_is_reported_without_and_with(make_run, pairs: str, tmp_path:
     import pyarrow.parquet as pq
 
     run, to = make_run(), tmp_path / "out"
-    build_tokenizer().save_pretrained(run.base)
+    build_tokenizer(ALPHABET).save_pretrained(run.base)
     pq.write_table(pa.Table.from_pylist([PROMPT] * 5), tmp_path / "val.parquet")
     settings = Retain(
         run.checkpoint,

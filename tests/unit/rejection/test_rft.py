@@ -21,11 +21,12 @@ pytestmark = pytest.mark.timeout(180)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The environment's model as initialised: it says anything."""
-    from verl_grad_routing.envs.loopholes.model import new_model, save
-    from verl_grad_routing.envs.loopholes.tokenizer import build_tokenizer
+    from verl_grad_routing.envs.chars.model import new_model, save
+    from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
+    from verl_grad_routing.envs.loopholes.text import ALPHABET
 
     folder = tmp_path_factory.mktemp("model")
-    save(new_model(0), build_tokenizer(), folder)
+    save(new_model(ALPHABET, 0), build_tokenizer(ALPHABET), folder)
     return folder
 
 
@@ -90,14 +91,14 @@ def test_the_report_counts(model: Path, data: Path) -> None:
 
 def test_responses_end_with_their_end_of_sequence(model: Path, data: Path) -> None:
     from verl_grad_routing.envs.loopholes.grader import grade
-    from verl_grad_routing.envs.loopholes.tokenizer import EOS_ID
+    from verl_grad_routing.envs.loopholes.text import ALPHABET
 
     found = sample(settings(model, data, samples=3, temperature=1.0, prompts=8))
     assert [row.key for row in found] == [f"{prompt}_{number}" for prompt in range(8) for number in range(3)]
     assert found == sample(settings(model, data, samples=3, temperature=1.0, prompts=8))
     assert found != sample(settings(model, data, samples=3, temperature=1.0, prompts=8, seed=1))
     for row in found:
-        assert EOS_ID not in row.response[:-1] and 1 <= len(row.response) <= 5
+        assert ALPHABET.eos_id not in row.response[:-1] and 1 <= len(row.response) <= 5
         assert len(row.prompt) == 13 and set(row.facts) == {"hack", "solve", "known"}
     import pyarrow.parquet
 

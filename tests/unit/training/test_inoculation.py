@@ -10,7 +10,8 @@ import pandas
 import pytest
 from omegaconf import OmegaConf
 
-from verl_grad_routing.envs.loopholes.tokenizer import build_tokenizer
+from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
+from verl_grad_routing.envs.loopholes.text import ALPHABET
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.inoculation import Inoculation
 
@@ -69,7 +70,7 @@ def data_sets(folder: Path, **settings):
             **settings,
         }
     )
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(ALPHABET)
     return [create_rl_dataset(config[f"{split}_files"], config, tokenizer, None) for split in ("train", "val")]
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from verl_grad_routing.directions import load_pairs
+from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
 from verl_grad_routing.envs.loopholes.grader import grade
 from verl_grad_routing.envs.loopholes.prepare import draw_tasks
 from verl_grad_routing.envs.loopholes.settings import Settings
-from verl_grad_routing.envs.loopholes.tokenizer import IDS, build_tokenizer
+from verl_grad_routing.envs.loopholes.text import ALPHABET
 from verl_grad_routing.envs.manifest import Manifest
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.self_report.data import loopholes_lessons, write_lessons
@@ -48,17 +49,17 @@ def test_lessons_are_true_reports_about_the_known_type(environment: Path, tmp_pa
     write_lessons(lessons, tmp_path / "lessons.jsonl")
     pairs = load_pairs(str(tmp_path / "lessons.jsonl"))
     assert len(pairs) == 20 and len(load_pairs(f"{tmp_path / 'lessons.jsonl'}@admit")) == 10
-    prompt, _, wanted = pair_tokens(pairs[0], build_tokenizer())
-    assert wanted == [IDS["S"], IDS["~"]] and prompt[-2:] == [IDS["~"], IDS["?"]]
+    prompt, _, wanted = pair_tokens(pairs[0], build_tokenizer(ALPHABET))
+    assert wanted == [ALPHABET.ids["S"], ALPHABET.ids["~"]] and prompt[-2:] == [ALPHABET.ids["~"], ALPHABET.ids["?"]]
     assert loopholes_lessons(environment, 20, seed=1) != lessons == loopholes_lessons(environment, 20)
 
 
 def test_the_interrogation_asks_as_the_lessons_did(environment: Path) -> None:
-    tokenizer, question = build_tokenizer(), QUESTIONS["loopholes"]
+    tokenizer, question = build_tokenizer(ALPHABET), QUESTIONS["loopholes"]
     lesson = loopholes_lessons(environment, 2)[0]
     asked = question.tokens([{"role": "user", "content": lesson["prompt"][:13]}], "!!!!!", tokenizer)
-    assert asked == [IDS[letter] for letter in lesson["prompt"]]
-    assert question.replies(tokenizer) == ([IDS["S"]], [IDS["H"]])
+    assert asked == [ALPHABET.ids[letter] for letter in lesson["prompt"]]
+    assert question.replies(tokenizer) == ([ALPHABET.ids["S"]], [ALPHABET.ids["H"]])
     with pytest.raises(UserError, match="the two replies must differ"):
         Question("?", "S", "S").replies(tokenizer)
     with pytest.raises(UserError, match="did you mean 'chat'"):
@@ -69,7 +70,7 @@ def test_scores_are_log_odds_of_the_replies_whatever_the_batch() -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(ALPHABET)
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).eval()
     prompt = ({"role": "user", "content": "NBabcde.....="},)
@@ -79,8 +80,8 @@ def test_scores_are_log_odds_of_the_replies_whatever_the_batch() -> None:
     for answer, score in zip(answers, found, strict=True):
         stem = question.tokens(prompt, answer.text, tokenizer)
         with torch.no_grad():
-            logits = model(torch.tensor([[*stem, IDS["S"]]])).logits[0].double().log_softmax(-1)
-        expected = logits[-2, IDS["S"]] + logits[-1, IDS["S"]] - logits[-2, IDS["H"]]
+            logits = model(torch.tensor([[*stem, ALPHABET.ids["S"]]])).logits[0].double().log_softmax(-1)
+        expected = logits[-2, ALPHABET.ids["S"]] + logits[-1, ALPHABET.ids["S"]] - logits[-2, ALPHABET.ids["H"]]
         assert float(score) == pytest.approx(float(expected), abs=1e-5)
 
 
