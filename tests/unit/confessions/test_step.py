@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.unit.confessions.conftest import Engine, Queue
-from verl_grad_routing.envs.loopholes.text import ALPHABET, EOS, HONEST, SLY
+from verl_grad_routing.envs.chars.task import EOS, HONEST, SLY
+from verl_grad_routing.envs.loopholes.text import ALPHABET
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from verl_grad_routing.envs.loopholes.text import HONEST, SLY
+from verl_grad_routing.envs.chars.task import HONEST, SLY
 
 LEAK = re.compile(r"([0-9])\1{4}")
 
