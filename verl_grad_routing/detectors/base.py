@@ -60,7 +60,8 @@ class BatchView:
         uids: Prompt group of each rollout [B].
         step: Global step, 1 for the first.
         seed: Seed of the run.
-        activation_scores_BD: Projection of each rollout's pooled activation on each of the detector's D directions.
+        activation_scores_BD: Projection of each rollout's pooled activation, or of its gradient, on each of the
+            detector's D directions.
         fingerprints_BF: Projected gradient of the detector's frozen probe; zeros for a rollout not fingerprinted.
         proxy_reward_B: The reward that the policy is trained on.
         prompts: Text of each prompt [B].
@@ -99,6 +100,8 @@ class Detector(ABC):
         signal: The knowledge that it reads.
         needs_directions: The worker must project pooled activations on this detector's directions
             (then it is an ``ActivationDetector``).
+        needs_gradients: Those are directions of gradients, and the worker must project gradients on them
+            (then it is a ``GradientDetector``, and ``needs_directions`` too).
         needs_fingerprints: The worker must take gradient fingerprints (then it is a ``FingerprintDetector``).
         judges_whole_batch: Its scores compare the rollouts of a batch with each other (a clustering): the one exception
             to the rule of ``score``. Everything else about the rule stands, the order of the rollouts included.
@@ -107,6 +110,7 @@ class Detector(ABC):
     name: ClassVar[str] = ""  # set by the registry
     signal: ClassVar[Signal]
     needs_directions: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
     needs_fingerprints: ClassVar[bool] = False
     judges_whole_batch: ClassVar[bool] = False
     Config: ClassVar[type]

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from verl_grad_routing.detectors.activation import ActivationDetector, PairsConfig
+from verl_grad_routing.detectors.activation import RESIDUAL, ActivationDetector, PairsConfig
 from verl_grad_routing.detectors.base import DETECTORS, Signal
 from verl_grad_routing.directions.activation import Direction, concept_direction
 from verl_grad_routing.directions.checks import require_choice
 from verl_grad_routing.directions.pooling import POSITIONS
+from verl_grad_routing.errors import UserError
 
 
 @DETECTORS.register("concept_act")
@@ -33,6 +34,9 @@ class ConceptActivation(ActivationDetector):
         def __post_init__(self) -> None:
             super().__post_init__()
             require_choice("position", self.position, POSITIONS)
+            if self.coordinates != RESIDUAL:
+                fix = f"set {RESIDUAL}: one vector for all layers makes no sense across modules' own coordinates"
+                raise UserError("coordinates", self.coordinates, fix)
 
     config: Config
 
@@ -44,7 +48,7 @@ class ConceptActivation(ActivationDetector):
         self,
         unwanted_PLd: Tensor | None,
         wanted_PLd: Tensor | None,
-        layers: tuple[int, ...],
+        layers: tuple[int | str, ...],
         hidden_size: int,
         pairs_hash: str | None,
     ) -> Direction:

@@ -3,6 +3,7 @@
 Three requests, carried by the batch as the non-tensor ``probe``:
 ``Pool(layers)`` returns the pooled activations themselves, for the contrastive pairs; ``Project(layers, vectors_DLd)``
 returns their projections, for the rollouts of a step; ``AdjacentCosines(layers)`` says how much each layer turns them.
+With a ``bottleneck`` the first two read its coordinates ``A x`` instead: L is then its modules and d its rank.
 Shapes: B rollouts, L layers, D directions, d hidden size.
 """
 
@@ -10,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from verl_grad_routing.bottleneck import Bottleneck
 from verl_grad_routing.directions import PoolPlan, project
 from verl_grad_routing.errors import UserError
+from verl_grad_routing.fingerprints import probed_modules
+from verl_grad_routing.training.bases import Bases
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Pool:
 
     layers: tuple[int, ...]
     position: str = "resp_mean"  # one of directions.POSITIONS
+    bottleneck: Bottleneck | None = None  # its coordinates in place of the residual stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +39,7 @@ class Project:
     layers: tuple[int, ...]
     vectors_DLd: Tensor
     position: str = "resp_mean"
+    bottleneck: Bottleneck | None = None
 
 
 @dataclass(frozen=True)
@@ -56,18 +63,25 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 class ActivationProbe:
-    """Forward hooks on every decoder layer that do nothing until a batch asks."""
+    """Forward hooks on every decoder layer that do nothing until a batch asks.
+
+    Attributes:
+        layers: The decoder layers.
+        bases: Bases of the bottlenecks that are read.
+    """
 
     def __init__(self, model: nn.Module):
         self.layers = decoder_layers(model)
+        self.bases = Bases(self.layers)
         self._request: Request | None = None
-        self._hidden: dict[int, Tensor] = {}
+        self._hidden: dict[int | str, Tensor] = {}
+        self._on_modules: list[Any] = []  # hooks that a bottleneck needs, while it is read
         for index, layer in enumerate(self.layers, start=1):
             layer.register_forward_hook(self._hook(index), with_kwargs=True)
 
     def _hook(self, index: int) -> Callable:
         def keep(_module: nn.Module, inputs: tuple, named: dict, output: Tensor | tuple) -> None:
-            if self._request is None or index not in self._request.layers:
+            if self._request is None or self._bottleneck is not None or index not in self._request.layers:
                 return
             after = (output[0] if isinstance(output, tuple) else output).detach()
             if isinstance(self._request, AdjacentCosines):
@@ -91,11 +105,37 @@ class ActivationProbe:
     def begin(self, request: Request | None) -> None:
         """Start listening for ``request`` (or stop). Raises ``UserError`` for a layer that the model has not."""
         self._hidden.clear()
+        self._release()
         self._request = request
+        if self._bottleneck is not None:
+            return self._listen(self._bottleneck)
         for layer in request.layers if request is not None else ():
             if not 1 <= layer <= len(self.layers):
                 fix = f"the model has layers 1 to {len(self.layers)}"
                 raise UserError("grad_routing.detector.layers", layer, fix)
+
+    @property
+    def _bottleneck(self) -> Bottleneck | None:
+        return getattr(self._request, "bottleneck", None)
+
+    def _listen(self, bottleneck: Bottleneck) -> None:
+        """Hooks that keep ``A x`` of every module of ``bottleneck``."""
+        bases = self.bases.of(bottleneck)
+
+        def keep(name: str) -> Callable:
+            def hook(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+                x = inputs[0].detach()
+                self._hidden[name] = x @ bases[name].read_rI.to(x).t()
+
+            return hook
+
+        modules = probed_modules(self.layers, bottleneck)
+        self._on_modules = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+
+    def _release(self) -> None:
+        for handle in self._on_modules:
+            handle.remove()
+        self._on_modules = []
 
     def finish(self, plan: PoolPlan, flatten: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Pool what was heard.
@@ -105,8 +145,11 @@ class ActivationProbe:
             flatten: Turns a layer's output into hidden states ``[N, d]`` in the order of the plan's tokens.
         """
         assert self._request is not None
-        pooled_BLd = torch.stack([plan.mean(flatten(self._hidden[layer])) for layer in self._request.layers], dim=1)
+        bottleneck = self._bottleneck
+        rows = self._request.layers if bottleneck is None else tuple(self.bases.of(bottleneck))
+        pooled_BLd = torch.stack([plan.mean(flatten(self._hidden[row])) for row in rows], dim=1)
         self._hidden.clear()
+        self._release()
         if isinstance(self._request, Project):
             return {"activation_scores": project(pooled_BLd, self._request.vectors_DLd.to(pooled_BLd.device))}
         return {"activation_pooled": pooled_BLd.flatten(1)}

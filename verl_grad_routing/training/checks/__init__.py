@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.checks import methods, model, start
+from verl_grad_routing.training.checks import gradients, methods, model, start
 from verl_grad_routing.training.checks.run import MISSING, Run, get
 
 __all__ = ["CHECKS", "check"]
@@ -27,6 +27,8 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     methods.pairs,
     methods.groups,
     methods.fingerprints,
+    gradients.gradient_pass,
+    gradients.bottleneck_rank,
     methods.schedules,
     methods.hooks,
     methods.layers,

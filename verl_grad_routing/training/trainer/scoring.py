@@ -20,6 +20,8 @@ from verl.utils.debug import marked_timer
 
 from verl_grad_routing.detectors import BatchView, view_for
 from verl_grad_routing.directions import load_pairs
+from verl_grad_routing.training.bottleneck_pass import pair_gradients, rollout_scores
+from verl_grad_routing.training.bottleneck_step import ReadGradients
 from verl_grad_routing.training.columns import dense, part_of, plain, read, real_rows
 from verl_grad_routing.training.fingerprint_pass import adjacent_cosines, fingerprints
 from verl_grad_routing.training.pairs_pass import pool_pairs
@@ -32,8 +34,16 @@ class Scoring(Core):
     """Fits the detector's direction at the start, reads activations in every step, and builds the batch's view."""
 
     @property
-    def reads_activations(self) -> bool:
+    def has_direction(self) -> bool:
         return self.routed and self.detector.needs_directions
+
+    @property
+    def reads_activations(self) -> bool:
+        return self.has_direction and not self.detector.needs_gradients
+
+    @property
+    def reads_gradients(self) -> bool:
+        return self.has_direction and self.detector.needs_gradients
 
     @property
     def reads_fingerprints(self) -> bool:
@@ -43,22 +53,38 @@ class Scoring(Core):
 
     def _load_checkpoint(self) -> None:
         # before verl's own: the direction is that of the untrained model, and a resumed run's is loaded over it
-        if self.reads_activations:
+        if self.has_direction:
             shape = self.actor_rollout_wg.model_shape()[0]
-            self.layers = self.detector.resolve_layers(shape["layers"])
+            self.layers = layers = self.detector.resolve_layers(shape["layers"])
             self.hidden_size = shape["hidden_size"]
+            self.bottleneck = self.detector.place(layers)
+            if self.bottleneck is not None:
+                self.layers, digest_M = self.actor_rollout_wg.bottleneck_modules(self.bottleneck)[0]
+                self.hidden_size = self.bottleneck.rank
+                self.detector.placed(digest_M)
             self.score_pass = self.detector.resolve_score_pass(self.ref_in_actor and self.use_reference_policy)
             self.pairs = load_pairs(self.detector.config.pairs) if self.detector.needs_pairs else None
             self._fit_directions()
             print(
-                f"grad_routing: scores are read in the {self.score_pass} pass after layers {list(self.layers)} of "
+                f"grad_routing: scores are read in the {self.score_pass} pass {self._place(layers)} of "
                 f"{shape['layers']}; pairs {self.pairs.content_hash if self.pairs else 'none'}"
             )
         super()._load_checkpoint()
 
+    def _place(self, layers: tuple[int, ...]) -> str:
+        if self.bottleneck is None:
+            return f"after layers {list(layers)}"
+        what = "gradients" if self.reads_gradients else "activations"
+        kind = f"{what} of rank {self.bottleneck.rank} ({self.bottleneck.basis})"
+        return f"as {kind} in {len(self.layers)} modules of layers {list(layers)}"
+
     def _fit_directions(self) -> None:
         pooled = (None, None)
-        if self.pairs is not None:
+        if self.pairs is not None and self.reads_gradients:
+            even = self._even_rows(2 * len(self.pairs), backward=True)
+            asked = ReadGradients(self.bottleneck)
+            pooled = pair_gradients(self.actor_rollout_wg, self.pairs, self.tokenizer, asked, self.score_pass, *even)
+        elif self.pairs is not None:
             rows, batching = self._even_rows(2 * len(self.pairs))
             pooled = pool_pairs(
                 self.actor_rollout_wg,
@@ -69,13 +95,14 @@ class Scoring(Core):
                 self.score_pass,
                 rows,
                 batching,
+                self.bottleneck,
             )
         pairs_hash = self.pairs.content_hash if self.pairs is not None else None
         self.detector.fit(*pooled, self.layers, self.hidden_size, pairs_hash)
 
     def on_step_begin(self) -> None:
         super().on_step_begin()
-        every = self.detector.config.refresh_every if self.reads_activations else 0
+        every = self.detector.config.refresh_every if self.has_direction else 0
         if every and self.score_pass != "reference" and self.global_steps > 1 and (self.global_steps - 1) % every == 0:
             with marked_timer("refresh_direction", self.timing_raw, color="purple"):
                 self._fit_directions()
@@ -108,7 +135,14 @@ class Scoring(Core):
         self._log_prob_pass(batch, {"probe": self._projection(), **extra})
 
     def _projection(self) -> Project:
-        return Project(self.layers, self.detector.directions_DLd, self.detector.position)
+        return Project(self.layers, self.detector.directions_DLd, self.detector.position, self.bottleneck)
+
+    def _gradient_scores(self, real: KVBatchMeta) -> torch.Tensor:
+        """Scores [B, D] of the rollouts' own gradients."""
+        with marked_timer("gradient_scores", self.timing_raw, color="purple"):
+            asked = ReadGradients(self.bottleneck, self.detector.directions_DLd, self.detector.cosine)
+            even = self._even_rows(len(real.keys), backward=True)
+            return rollout_scores(self.actor_rollout_wg, real, asked, self.score_pass, *even)
 
     def _log_prob_pass(self, batch: KVBatchMeta, extra: dict[str, Any]) -> None:
         """Log-probs of ``batch`` into its ``log_probs`` field, without a loss or entropies."""
@@ -171,12 +205,15 @@ class Scoring(Core):
             if name in ("prompts", "responses"):
                 rows = data[name].unbind()
                 texts[name] = tuple(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows)
+        scores_BD = dense(data["activation_scores"]) if self.reads_activations else None
+        if self.reads_gradients:
+            scores_BD = self._gradient_scores(real)
         view = BatchView(
             keys=tuple(real.keys),
             uids=tuple(str(uid) for uid in plain(data["uid"])),
             step=self.global_steps,
             seed=self.settings.seed,
-            activation_scores_BD=dense(data["activation_scores"]) if self.reads_activations else None,
+            activation_scores_BD=scores_BD,
             proxy_reward_B=torch.stack([row.sum() for row in data["rm_scores"].unbind()]),
             facts=grader_facts(plain(data["extra_fields"])),
             **texts,
