@@ -85,6 +85,7 @@ class GradRoutingConfig:
         gate: ``name`` and settings of a gate (``vgr list gates``).
         intervention: ``name`` and settings of an intervention (``vgr list interventions``).
         seed: Seed of the random draws of detectors.
+        trusted_column: Column of the dataset, or ``extra_info.<key>``, whose true rows are trusted to be clean.
         quarantine_off_share: Share of training rollouts sampled with the quarantine ablated.
         validate_swapped: Control: also validate with the deployed block ablated instead of the quarantine.
         rollout_timeout_s: Seconds without one finished rollout after which the run ends with an error.
@@ -101,6 +102,7 @@ class GradRoutingConfig:
     gate: Mapping[str, Any] = field(default_factory=lambda: {"name": "absorb_all"})
     intervention: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
     seed: int = 0
+    trusted_column: str | None = None
     quarantine_off_share: float = 0.0
     validate_swapped: bool = False
     rollout_timeout_s: float = 600.0
@@ -110,6 +112,8 @@ class GradRoutingConfig:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig, metadata={"config": EnvironmentConfig})
 
     def __post_init__(self) -> None:
+        if self.trusted_column is not None and (not isinstance(self.trusted_column, str) or not self.trusted_column):
+            raise UserError("trusted_column", self.trusted_column, "give a column's name, extra_info.<key>, or null")
         if self.quarantine_off_share != 0.0:
             raise UserError("quarantine_off_share", self.quarantine_off_share, "only 0.0 is supported in this version")
         if not self.rollout_timeout_s > 0:

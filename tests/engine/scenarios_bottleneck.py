@@ -46,12 +46,12 @@ def taken(
 def bottleneck(world: World) -> dict[str, Any]:
     rows, ablated = world.rollouts, {"ablate_quarantine": True}
     found: dict[str, Any] = {}
-    for prefix, checkpointing in {"": True, "kept ": False}.items():
-        engine = world.engine(checkpointing=checkpointing)
-        for name, feed in FEEDS.items():
-            found[prefix + name] = taken(world, engine, rows, ReadGradients(SVD), **ablated, **feed)
-    bucketed = world.engine(fsdp={"pad_to_length": True, "pad_to_length_bucket": 32})
-    found["bucket packed"] = taken(world, bucketed, rows, ReadGradients(SVD), **ablated)
+    kept = world.engine(fsdp={"pad_to_length": True, "pad_to_length_bucket": 32})  # and its activations are kept
+    for name in ("packed", "padded"):
+        found[f"kept {name}"] = taken(world, kept, rows, ReadGradients(SVD), **ablated, **FEEDS[name])
+    engine = world.engine(checkpointing=True)
+    for name, feed in FEEDS.items():
+        found[name] = taken(world, engine, rows, ReadGradients(SVD), **ablated, **feed)
     found["reference"] = taken(world, engine, rows, ReadGradients(SVD), bare=True, micro=3)
     found["lora"] = taken(world, engine, rows, ReadGradients(LORA), micro=3, **ablated)
     for cosine in (False, True):
@@ -81,20 +81,19 @@ def _refused(world: World, engine: Any) -> str:
 
 
 def _what_is_left(world: World) -> dict[str, Any]:
-    """Two training steps with and without scores taken before each: every parameter and all optimizer state."""
+    """A training step with and without scores taken before it: every parameter and all optimizer state."""
     ends = {}
     left: list[str] = []
     asked = ReadGradients(SVD, vectors(SVD))
     for name in ("with", "without"):
         engine = world.engine(checkpointing=True)
-        for _ in range(2):
-            if name == "with":
-                before = state(engine)
-                taken(world, engine, world.rollouts, asked, micro=3, ablate_quarantine=True)
-                after = state(engine)
-                left += [key for key, value in before.items() if not torch.equal(value, after[key])]
-                left += [key for key, p in adapters_of(engine).items() if p.grad is not None]
-                left += [key for key, module in engine.module.named_modules() if module.training]
-            world.train(engine, world.rollouts, RICH, micro=3)
+        if name == "with":
+            before = state(engine)
+            taken(world, engine, world.rollouts, asked, micro=3, ablate_quarantine=True)
+            after = state(engine)
+            left += [key for key, value in before.items() if not torch.equal(value, after[key])]
+            left += [key for key, p in adapters_of(engine).items() if p.grad is not None]
+            left += [key for key, module in engine.module.named_modules() if module.training]
+        world.train(engine, world.rollouts, RICH, micro=3)
         ends[name] = state(engine)
     return {"ends": ends, "left": left}

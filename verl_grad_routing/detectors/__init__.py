@@ -1,6 +1,7 @@
 """Detectors: one score per rollout. ``DETECTORS`` maps name to class; importing this package registers our own."""
 
 from verl_grad_routing.detectors import (  # noqa: F401  (each registers its detector)
+    classifier,
     coinflip,
     concept_act,
     constant,

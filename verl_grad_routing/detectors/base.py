@@ -45,8 +45,8 @@ READABLE: dict[Signal, frozenset[str]] = {
     Signal.clean_data: frozenset(),
     Signal.reward: frozenset({"proxy_reward_B"}),
     Signal.monitor: frozenset({"prompts", "responses"}),
-    Signal.labels: frozenset({"facts"}),
-    Signal.oracle: frozenset({"facts"}),
+    Signal.labels: frozenset({"facts", "types"}),
+    Signal.oracle: frozenset({"facts", "types"}),
 }
 GUARDED: frozenset[str] = frozenset().union(*READABLE.values())
 
@@ -67,6 +67,7 @@ class BatchView:
         prompts: Text of each prompt [B].
         responses: Text of each response [B].
         facts: What the grader knows about each rollout, name to tensor [B].
+        types: Loophole type of each rollout's prompt, likewise from the grader [B].
 
     Raises:
         UserError: A field has another number of rows than ``keys``, or a key occurs twice.
@@ -82,6 +83,7 @@ class BatchView:
     prompts: tuple[str, ...] | None = None
     responses: tuple[str, ...] | None = None
     facts: Mapping[str, Tensor] | None = None
+    types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -112,7 +114,7 @@ class Detector(ABC):
     needs_directions: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     needs_fingerprints: ClassVar[bool] = False
-    judges_whole_batch: ClassVar[bool] = False
+    judges_whole_batch: bool = False
     Config: ClassVar[type]
 
     def __init__(self, config: Any):

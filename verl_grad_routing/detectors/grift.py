@@ -60,7 +60,7 @@ class Grift(FingerprintDetector):
     """
 
     signal: ClassVar[Signal] = Signal.reward
-    judges_whole_batch: ClassVar[bool] = True
+    judges_whole_batch: bool = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(FingerprintConfig):

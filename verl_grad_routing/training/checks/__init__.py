@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.checks import gradients, methods, model, start
+from verl_grad_routing.training.checks import gradients, labels, methods, model, start
 from verl_grad_routing.training.checks.run import MISSING, Run, get
 
 __all__ = ["CHECKS", "check"]
@@ -29,6 +29,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     methods.fingerprints,
     gradients.gradient_pass,
     gradients.bottleneck_rank,
+    labels.trusted_column,
     methods.schedules,
     methods.hooks,
     methods.layers,

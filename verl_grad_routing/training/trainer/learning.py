@@ -36,7 +36,7 @@ class Learning(Scoring):
             metrics.update(fact_metrics(view.facts or {}))
             if not self.routed:
                 return super()._compute_advantage(batch, metrics)
-            judged, routing_metrics = self.router.decide(view)
+            judged, routing_metrics = self.router.decide(view, self._trusted(batch))
             metrics.update(routing_metrics)
             batch = self._write_routes(batch, judged)
         with marked_timer("intervention", self.timing_raw, color="purple"):

@@ -20,14 +20,16 @@ from verl.utils.debug import marked_timer
 
 from verl_grad_routing.detectors import BatchView, view_for
 from verl_grad_routing.directions import load_pairs
+from verl_grad_routing.errors import UserError
 from verl_grad_routing.training.bottleneck_pass import pair_gradients, rollout_scores
 from verl_grad_routing.training.bottleneck_step import ReadGradients
 from verl_grad_routing.training.columns import dense, part_of, plain, read, real_rows
 from verl_grad_routing.training.fingerprint_pass import adjacent_cosines, fingerprints
 from verl_grad_routing.training.pairs_pass import pool_pairs
 from verl_grad_routing.training.probe import Project
-from verl_grad_routing.training.router import grader_facts
+from verl_grad_routing.training.router import grader_facts, loophole_types
 from verl_grad_routing.training.trainer.core import Core
+from verl_grad_routing.training.trusted import KEY, column_of, trusted_rows
 
 
 class Scoring(Core):
@@ -208,6 +210,7 @@ class Scoring(Core):
         scores_BD = dense(data["activation_scores"]) if self.reads_activations else None
         if self.reads_gradients:
             scores_BD = self._gradient_scores(real)
+        extra = plain(data["extra_fields"])
         view = BatchView(
             keys=tuple(real.keys),
             uids=tuple(str(uid) for uid in plain(data["uid"])),
@@ -215,10 +218,22 @@ class Scoring(Core):
             seed=self.settings.seed,
             activation_scores_BD=scores_BD,
             proxy_reward_B=torch.stack([row.sum() for row in data["rm_scores"].unbind()]),
-            facts=grader_facts(plain(data["extra_fields"])),
+            facts=grader_facts(extra),
+            types=loophole_types(extra),
             **texts,
         )
         return self._fingerprinted(real, view) if self.reads_fingerprints else view
+
+    def _trusted(self, batch: KVBatchMeta) -> torch.Tensor | None:
+        """Which real rollouts of ``batch`` are of rows that are trusted to be clean, bool [B]."""
+        name = self.settings.trusted_column
+        if name is None:
+            return None
+        real = part_of(batch, real_rows(batch))
+        column = column_of(name)
+        if real.fields is not None and column not in real.fields:
+            raise UserError(KEY, name, f"the dataset has no column {column}; rollouts have {', '.join(real.fields)}")
+        return trusted_rows(name, plain(read(real, column)[column]), real.keys)
 
     def _fingerprinted(self, real: KVBatchMeta, view: BatchView) -> BatchView:
         """``view`` with the fingerprints that the detector asks for; zeros where it does not ask."""
