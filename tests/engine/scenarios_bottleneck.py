@@ -50,6 +50,7 @@ def bottleneck(world: World) -> dict[str, Any]:
     for name in ("packed", "padded"):
         found[f"kept {name}"] = taken(world, kept, rows, ReadGradients(SVD), **ablated, **FEEDS[name])
     engine = world.engine(checkpointing=True)
+    hooks = _hooks(engine)
     for name, feed in FEEDS.items():
         found[name] = taken(world, engine, rows, ReadGradients(SVD), **ablated, **feed)
     found["reference"] = taken(world, engine, rows, ReadGradients(SVD), bare=True, micro=3)
@@ -66,10 +67,14 @@ def bottleneck(world: World) -> dict[str, Any]:
         found[f"activations {name}"] = world.infer(engine, rows, table=None, probe=request, **feed)["activation_pooled"]
     request = Project((), vectors(SVD), bottleneck=SVD)
     found["activation scores"] = world.infer(engine, rows, table=None, probe=request, micro=3)["activation_scores"]
-    found["hooks left"] = sum(len(module._forward_hooks) for module in engine.probe.layers[1].modules())
+    found["hooks left"] = _hooks(engine) - hooks
     found["out of range"] = _refused(world, engine)
     found["trained"] = _what_is_left(world)
     return found
+
+
+def _hooks(engine: Any) -> int:
+    return sum(len(module._forward_hooks) for module in engine.module.modules())
 
 
 def _refused(world: World, engine: Any) -> str:

@@ -1,0 +1,1 @@
+"""Commands of ``vgr``, one module each; they import what they need when they run."""
