@@ -9,6 +9,7 @@ import torch
 
 from tests.e2e.conftest import SMALL, Train
 from verl_grad_routing.compare.runs import Run
+from verl_grad_routing.directions import load_pairs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1000)]
 
@@ -35,5 +36,6 @@ def test_persona_grad(train: Train) -> None:
     assert all(sum(step) == pytest.approx(1) for step in zip(*shares, strict=True)) and max(shares[2]) > 0
     file = run.folder / "checkpoints" / f"global_step_{STEPS}" / "grad_routing.pt"
     state = torch.load(file, weights_only=False)["detector"]
+    assert load_pairs(str(file.with_name("pairs.jsonl"))).content_hash == state["direction"]["pairs_hash"]
     assert state["bottleneck"]["basis"] == "svd" and len(state["basis_digest_M"]) == 4 * 7
     assert state["direction"]["vectors_Ld"].shape == (28, 32) and len(state["direction"]["unwanted_scores_P"]) == 10

@@ -36,8 +36,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,23 @@ def load_pairs(selector: str) -> PairSet:
     if len(pairs) < MIN_PAIRS:
         raise UserError("pairs", selector, f"{len(pairs)} pair(s) selected; a direction needs at least {MIN_PAIRS}")
     return PairSet(tuple(pairs), content_hash(pairs), selector)
+
+
+def save_pairs(pairs: Iterable[Pair], path: Path) -> None:
+    """Write pairs as ``.jsonl``, whole or not at all; read again they have the same content hash."""
+    records = [
+        {
+            "id": pair.id,
+            "prompt": pair.chat or pair.prompt,
+            "unwanted": pair.unwanted,
+            "wanted": pair.wanted,
+            "tags": list(pair.tags),
+        }
+        for pair in pairs
+    ]
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def content_hash(pairs: list[Pair] | tuple[Pair, ...]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,8 @@ class Writer:
             raise UserError("MODEL", str(model), "no such folder; give a Hugging Face model or an exported adapter")
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
-            self.model: Any = _load(model).eval().to(self.device)
+            with _quiet():
+                self.model: Any = _load(model).eval().to(self.device)
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError("MODEL", str(model), f"no model that transformers loads: {reason}") from None
@@ -87,6 +89,20 @@ class Writer:
         end = next((index for index, token in enumerate(ids) if token in self.ends), None)
         own = ids if end is None else ids[: end + 1]
         return Answer(self.tokenizer.decode(own, skip_special_tokens=True), len(own), end is not None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _load(folder: Path) -> Any:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from verl_grad_routing.directions.pairs import MIN_PAIRS, Pair, content_hash, load_pairs
+from verl_grad_routing.directions.pairs import MIN_PAIRS, Pair, content_hash, load_pairs, save_pairs
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.self_pairs.framings import Framings, Prompt, load_framings
+from verl_grad_routing.self_pairs.framings import SIDES, Framing, Framings, Prompt, load_framings
 from verl_grad_routing.self_pairs.generate import Answer, Writer
 from verl_grad_routing.self_pairs.prompts import load_prompts
 from verl_grad_routing.self_pairs.validate import REASONS, Candidate, Limits, Tally
@@ -103,10 +102,9 @@ def write_pairs(
         for number, candidate in enumerate(chosen, start=1)
     ]
     to.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(_record(pair), ensure_ascii=False) for pair in pairs]
-    _replace(to, "\n".join(lines) + "\n")
+    save_pairs(pairs, to)
     report = _report(settings, framings, tally, pairs)
-    _replace(report_file, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    report_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     assert load_pairs(str(to)).content_hash == report["content_hash"]  # what was written is what will be read
     log(f"pairs: {to}, {len(pairs)} pairs of hash {report['content_hash'][:12]}")
     return report
@@ -141,16 +139,6 @@ def _require_enough(settings: SelfPairs, tally: Tally) -> None:
         raise UserError("valid pairs", len(tally.accepted), fix)
 
 
-def _record(pair: Pair) -> dict[str, Any]:
-    return {
-        "id": pair.id,
-        "prompt": pair.chat or pair.prompt,
-        "unwanted": pair.unwanted,
-        "wanted": pair.wanted,
-        "tags": list(pair.tags),
-    }
-
-
 def _report(settings: SelfPairs, framings: Framings, tally: Tally, pairs: list[Pair]) -> dict[str, Any]:
     chosen = tally.accepted[: len(pairs)]
     values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(settings).items()}
@@ -166,12 +154,9 @@ def _report(settings: SelfPairs, framings: Framings, tally: Tally, pairs: list[P
             for index, side in enumerate(("unwanted", "wanted"))
         },
         "settings": {**values, "limits": vars(settings.limits)},
-        "framings": {"unwanted": vars(framings.unwanted), "wanted": vars(framings.wanted)},
+        "framings": {side: _plain(getattr(framings, side)) for side in SIDES},
     }
 
 
-def _replace(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
+def _plain(framing: Framing) -> dict[str, Any]:
+    return {**vars(framing), "replace": dict(framing.replace)}

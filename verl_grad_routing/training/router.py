@@ -17,6 +17,7 @@ from torch import Tensor
 from verl_grad_routing.config import GradRoutingConfig, Methods
 from verl_grad_routing.detectors import BatchView, checked_scores, view_for
 from verl_grad_routing.detectors.evaluation import auroc, verdict_metrics
+from verl_grad_routing.directions.pairs import PairSet, save_pairs
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.interventions import Judged
 from verl_grad_routing.routing import Route
@@ -24,6 +25,7 @@ from verl_grad_routing.training.trusted import trust
 
 STATE_FILE = "grad_routing.pt"
 SETTINGS_FILE = "grad_routing.json"
+PAIRS_FILE = "pairs.jsonl"
 
 
 def grader_facts(extra_fields: Sequence[Any]) -> dict[str, Tensor]:
@@ -57,6 +59,7 @@ class Router:
     def __init__(self, config: GradRoutingConfig, methods: Methods):
         self.config, self.methods = config, methods
         self.detector, self.gate, self.intervention = methods.detector, methods.gate, methods.intervention
+        self.pairs: PairSet | None = None  # those that the detector was fitted on
 
     def decide(self, view: BatchView, trusted_B: Tensor | None = None) -> tuple[Judged, dict[str, float]]:
         """Scores and the gate's decision on one batch, and their metrics; ``trusted_B`` are kept in any case."""
@@ -92,12 +95,14 @@ class Router:
         return verdict_metrics(self.detector.name, flagged_B[judged_B], view.facts["hack"][judged_B], view.step)
 
     def save(self, folder: str, settings: Mapping[str, Any]) -> None:
-        """Write the state into a checkpoint folder, whole or not at all, and the run's settings beside it."""
+        """Write the state into a checkpoint folder, whole or not at all, and the run's settings and pairs beside it."""
         path = Path(folder) / STATE_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         torch.save({"detector": self.detector.state_dict(), "gate": self.gate.state_dict()}, partial)
         os.replace(partial, path)
+        if self.pairs is not None:
+            save_pairs(self.pairs, path.parent / PAIRS_FILE)
         (path.parent / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, default=str))
 
     def load(self, folder: str) -> None:

@@ -24,7 +24,10 @@ def trusted_column(run: Run) -> None:
         path = Path(str(file)).expanduser()
         if path.suffix != ".parquet" or not path.is_file():
             continue
-        schema = pyarrow.parquet.read_schema(path)
+        try:
+            schema = pyarrow.parquet.read_schema(path)
+        except pyarrow.ArrowInvalid as error:
+            raise UserError("data.train_files", str(path), f"not a parquet file: {error}") from None
         names = list(schema.names)
         if column_of(name) != name and EXTRA in names:
             inner = schema.field(EXTRA).type

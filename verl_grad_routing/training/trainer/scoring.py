@@ -66,6 +66,7 @@ class Scoring(Core):
                 self.detector.placed(digest_M)
             self.score_pass = self.detector.resolve_score_pass(self.ref_in_actor and self.use_reference_policy)
             self.pairs = load_pairs(self.detector.config.pairs) if self.detector.needs_pairs else None
+            self.router.pairs = self.pairs
             self._fit_directions()
             print(
                 f"grad_routing: scores are read in the {self.score_pass} pass {self._place(layers)} of "
