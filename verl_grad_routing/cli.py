@@ -16,6 +16,7 @@ import typer
 from verl_grad_routing.commands import probe as probe_command
 from verl_grad_routing.commands import retain, tables
 from verl_grad_routing.commands import self_report as self_report_commands
+from verl_grad_routing.commands.pairs import pairs
 from verl_grad_routing.commands.rft import rft_command
 from verl_grad_routing.errors import UserError
 
@@ -300,6 +301,7 @@ app.add_typer(self_report_commands.app, name="self-report")
 app.command("interrogate")(self_report_commands.interrogate)
 app.command("rft")(rft_command)
 app.command("retain")(retain.retain)
+app.command()(pairs)
 
 
 def _presets() -> list[tuple[str, str]]:

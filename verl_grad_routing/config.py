@@ -95,6 +95,7 @@ class GradRoutingConfig:
         held_out_monitor: ``name`` and settings of a detector that reads texts and whose verdicts are only logged.
         confessions: Confessions after some answers, see ``ConfessionsConfig``; off by default.
         seed: Seed of the random draws of detectors.
+        trusted_column: Column of the dataset, or ``extra_info.<key>``, whose true rows are trusted to be clean.
         quarantine_off_share: Share of training rollouts sampled with the quarantine ablated, in [0, 1).
         quarantine_off_unit: What that share is of: whole prompt groups (``prompt``), or each prompt's ``rollout``s.
         quarantine_off_advantages: The two kinds of a prompt's rollouts are one group of the advantage (``together``) or
@@ -118,6 +119,7 @@ class GradRoutingConfig:
     held_out_monitor: Mapping[str, Any] | None = None
     confessions: ConfessionsConfig = field(default_factory=ConfessionsConfig, metadata={"config": ConfessionsConfig})
     seed: int = 0
+    trusted_column: str | None = None
     quarantine_off_share: float = 0.0
     quarantine_off_unit: str = "prompt"
     quarantine_off_advantages: str = "apart"
@@ -131,6 +133,8 @@ class GradRoutingConfig:
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig, metadata={"config": EnvironmentConfig})
 
     def __post_init__(self) -> None:
+        if self.trusted_column is not None and (not isinstance(self.trusted_column, str) or not self.trusted_column):
+            raise UserError("trusted_column", self.trusted_column, "give a column's name, extra_info.<key>, or null")
         share = self.quarantine_off_share
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
             raise UserError("quarantine_off_share", share, "give a share in [0, 1); 0 samples all with both blocks")

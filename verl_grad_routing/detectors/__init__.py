@@ -1,6 +1,7 @@
 """Detectors: one score per rollout. ``DETECTORS`` maps name to class; importing this package registers our own."""
 
 from verl_grad_routing.detectors import (  # noqa: F401  (each registers its detector)
+    classifier,
     coinflip,
     concept_act,
     constant,
@@ -10,8 +11,10 @@ from verl_grad_routing.detectors import (  # noqa: F401  (each registers its det
     monitor,
     oracle,
     persona_act,
+    persona_grad,
     persona_permuted,
     random_direction,
+    random_grad,
 )
 from verl_grad_routing.detectors.activation import SCORE_PASSES, ActivationDetector
 from verl_grad_routing.detectors.base import (
@@ -24,6 +27,7 @@ from verl_grad_routing.detectors.base import (
     view_for,
 )
 from verl_grad_routing.detectors.fingerprint import FingerprintDetector
+from verl_grad_routing.detectors.gradient import GradientDetector
 
 __all__ = [
     "DETECTORS",
@@ -32,6 +36,7 @@ __all__ = [
     "BatchView",
     "Detector",
     "FingerprintDetector",
+    "GradientDetector",
     "NoConfig",
     "Signal",
     "checked_scores",

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from verl_grad_routing.bottleneck import BASES, Bottleneck
 from verl_grad_routing.detectors.base import BatchView, Detector
 from verl_grad_routing.directions.activation import Direction, layers_at_depth
 from verl_grad_routing.directions.checks import as_tuple, require_choice, require_int, require_number
@@ -22,6 +23,8 @@ from verl_grad_routing.errors import UserError
 
 KEY = "grad_routing.detector"
 SCORE_PASSES = ("auto", "reference", "policy", "ablated")
+RESIDUAL = "residual"
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,11 @@ class ActivationConfig:
     score_pass: str = "auto"
     refresh_every: int = 0  # policy and ablated passes: re-extract the direction every so many steps; 0: never
     seed: int = 0  # of whatever is random in choosing the direction
+    # What is read. residual: the residual stream; svd or lora: bottleneck coordinates of the layers' linear modules.
+    coordinates: str = RESIDUAL
+    targets: tuple[str, ...] = LINEAR  # those modules by name
+    rank: int = 32  # coordinates of each module
+    basis_seed: int = 0  # of coordinates that are drawn: lora
 
     def __post_init__(self) -> None:
         if self.layers is not None:
@@ -53,9 +61,21 @@ class ActivationConfig:
         require_choice("score_pass", self.score_pass, SCORE_PASSES)
         require_int("refresh_every", self.refresh_every, 0)
         require_int("seed", self.seed, 0)
+        self._check_bottleneck()
         if self.score_pass == "reference" and self.refresh_every:
             fix = "set 0: the base model of the reference pass does not change"
             raise UserError("refresh_every", self.refresh_every, fix)
+
+    def _check_bottleneck(self) -> None:
+        require_choice("coordinates", self.coordinates, (RESIDUAL, *BASES))
+        targets = as_tuple("targets", self.targets)
+        if not targets or len(set(targets)) != len(targets) or not all(isinstance(name, str) for name in targets):
+            raise UserError(
+                "targets", list(targets), "give the names of different linear layers, as in [q_proj, v_proj]"
+            )
+        object.__setattr__(self, "targets", targets)
+        require_int("rank", self.rank, 1)
+        require_int("basis_seed", self.basis_seed, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +121,8 @@ class ActivationDetector(Detector):
         super().__init__(config)
         self.direction: Direction | None = None
         self.refresh_cosine = math.nan  # between the direction and the one before the last refresh, mean over layers
+        self.bottleneck: Bottleneck | None = None
+        self.basis_digest_M: Tensor | None = None
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers to read in a model of ``num_layers`` blocks. Raises ``UserError`` when one is out of range."""
@@ -109,6 +131,17 @@ class ActivationDetector(Detector):
         if max(self.config.layers) > num_layers:
             raise UserError(f"{KEY}.layers", list(self.config.layers), f"the model has layers 1 to {num_layers}")
         return self.config.layers
+
+    def place(self, layers: tuple[int, ...]) -> Bottleneck | None:
+        """The bottleneck on ``layers`` that is read; ``None`` for the residual stream. Then ``placed`` follows."""
+        config = self.config
+        if config.coordinates != RESIDUAL:
+            self.bottleneck = Bottleneck(layers, config.targets, config.rank, config.coordinates, config.basis_seed)
+        return self.bottleneck
+
+    def placed(self, digest_M: Tensor) -> None:
+        """Take the digest of the bases that the workers made, so that a resumed run is known to have the same."""
+        self.basis_digest_M = digest_M
 
     def resolve_score_pass(self, reference_in_actor: bool) -> str:
         """``score_pass`` with ``auto`` decided: does the actor make a reference pass for a KL term anyway?"""
@@ -124,7 +157,7 @@ class ActivationDetector(Detector):
         self,
         unwanted_PLd: Tensor | None,
         wanted_PLd: Tensor | None,
-        layers: Sequence[int],
+        layers: Sequence[int | str],
         hidden_size: int,
         pairs_hash: str | None = None,
     ) -> None:
@@ -133,8 +166,8 @@ class ActivationDetector(Detector):
         Args:
             unwanted_PLd: Pooled activations of the unwanted sides; ``None`` for a detector without pairs.
             wanted_PLd: Those of the wanted sides, in the same order.
-            layers: What ``resolve_layers`` gave.
-            hidden_size: d.
+            layers: What ``resolve_layers`` gave; with a bottleneck, its modules by name.
+            hidden_size: d; with a bottleneck, its rank.
             pairs_hash: Content hash of the pairs.
 
         Raises:
@@ -161,7 +194,7 @@ class ActivationDetector(Detector):
         self,
         unwanted_PLd: Tensor | None,
         wanted_PLd: Tensor | None,
-        layers: tuple[int, ...],
+        layers: tuple[int | str, ...],
         hidden_size: int,
         pairs_hash: str | None,
     ) -> Direction:
@@ -213,7 +246,10 @@ class ActivationDetector(Detector):
 
     def state_dict(self) -> dict[str, Any]:
         direction = None if self.direction is None else self.direction.to_state()
-        return {**super().state_dict(), "direction": direction, "refresh_cosine": self.refresh_cosine}
+        state = {**super().state_dict(), "direction": direction, "refresh_cosine": self.refresh_cosine}
+        if self.bottleneck is not None:
+            state |= {"bottleneck": asdict(self.bottleneck), "basis_digest_M": self.basis_digest_M}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore ``state_dict``.
@@ -223,12 +259,14 @@ class ActivationDetector(Detector):
                 detector was fitted with or configured for.
         """
         super().load_state_dict(state)
+        _require_same_bottleneck(self.bottleneck, self.basis_digest_M, state)
         saved = None if state["direction"] is None else Direction.from_state(state["direction"])
         if saved is not None and self.direction is not None:
             _require_same(self.direction, saved)
-        if saved is not None and self.config.layers is not None and saved.layers != self.config.layers:
+        given = self.config.layers if self.bottleneck is None else None
+        if saved is not None and given is not None and saved.layers != given:
             fix = f"the run was started with layers {list(saved.layers)}; set these or start a new run"
-            raise UserError(f"{KEY}.layers", list(self.config.layers), fix)
+            raise UserError(f"{KEY}.layers", list(given), fix)
         self.direction, self.refresh_cosine = saved, state["refresh_cosine"]
 
     def _fitted(self) -> Direction:
@@ -244,3 +282,20 @@ def _require_same(now: Direction, before: Direction) -> None:
         if here != there:
             raise UserError(key, here, f"the run was started with {there}; set the same or start a new run")
     require_same_hash("of the direction", now.pairs_hash, before.pairs_hash)
+
+
+def _require_same_bottleneck(now: Bottleneck | None, digest_M: Tensor | None, state: Mapping[str, Any]) -> None:
+    """Refuse a state whose direction lies in other coordinates. Raises ``UserError``."""
+    here = {} if now is None else asdict(now)
+    there = state.get("bottleneck") or {}
+    keys = {"basis": "coordinates", "seed": "basis_seed"}
+    for field in ("basis", "layers", "targets", "rank", "seed"):
+        if here.get(field, RESIDUAL) != there.get(field, RESIDUAL):
+            fix = f"the run was started with {there.get(field, RESIDUAL)!r}; set the same or start a new run"
+            raise UserError(f"{KEY}.{keys.get(field, field)}", here.get(field, RESIDUAL), fix)
+    before_M = state.get("basis_digest_M")
+    if digest_M is not None and before_M is not None and not torch.allclose(digest_M, before_M, rtol=1e-3, atol=1e-4):
+        fix = (
+            "these are not the coordinates that the run was started with: the base model's weights differ; restore them"
+        )
+        raise UserError(f"{KEY} basis digest", float(digest_M.sum()), fix)

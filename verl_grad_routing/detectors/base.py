@@ -45,8 +45,8 @@ READABLE: dict[Signal, frozenset[str]] = {
     Signal.clean_data: frozenset(),
     Signal.reward: frozenset({"proxy_reward_B"}),
     Signal.monitor: frozenset({"prompts", "responses"}),
-    Signal.labels: frozenset({"facts"}),
-    Signal.oracle: frozenset({"facts"}),
+    Signal.labels: frozenset({"facts", "types"}),
+    Signal.oracle: frozenset({"facts", "types"}),
 }
 GUARDED: frozenset[str] = frozenset().union(*READABLE.values())
 
@@ -60,12 +60,14 @@ class BatchView:
         uids: Prompt group of each rollout [B].
         step: Global step, 1 for the first.
         seed: Seed of the run.
-        activation_scores_BD: Projection of each rollout's pooled activation on each of the detector's D directions.
+        activation_scores_BD: Projection of each rollout's pooled activation, or of its gradient, on each of the
+            detector's D directions.
         fingerprints_BF: Projected gradient of the detector's frozen probe; zeros for a rollout not fingerprinted.
         proxy_reward_B: The reward that the policy is trained on.
         prompts: Text of each prompt [B].
         responses: Text of each response [B].
         facts: What the grader knows about each rollout, name to tensor [B].
+        types: Loophole type of each rollout's prompt, likewise from the grader [B].
 
     Raises:
         UserError: A field has another number of rows than ``keys``, or a key occurs twice.
@@ -81,6 +83,7 @@ class BatchView:
     prompts: tuple[str, ...] | None = None
     responses: tuple[str, ...] | None = None
     facts: Mapping[str, Tensor] | None = None
+    types: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -99,6 +102,8 @@ class Detector(ABC):
         signal: The knowledge that it reads.
         needs_directions: The worker must project pooled activations on this detector's directions
             (then it is an ``ActivationDetector``).
+        needs_gradients: Those are directions of gradients, and the worker must project gradients on them
+            (then it is a ``GradientDetector``, and ``needs_directions`` too).
         needs_fingerprints: The worker must take gradient fingerprints (then it is a ``FingerprintDetector``).
         tells_apart: Its scores can differ between rollouts; one that says no reaches no verdict on any.
         score_range: Least and largest score where the scores are bounded, ``None`` where they are not.
@@ -109,8 +114,9 @@ class Detector(ABC):
     name: ClassVar[str] = ""  # set by the registry
     signal: ClassVar[Signal]
     needs_directions: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
     needs_fingerprints: ClassVar[bool] = False
-    judges_whole_batch: ClassVar[bool] = False
+    judges_whole_batch: bool = False
     tells_apart: ClassVar[bool] = True
     score_range: ClassVar[tuple[float, float] | None] = None
     Config: ClassVar[type]

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from verl_grad_routing.detectors.activation import KEY, ActivationDetector, PairsConfig
+from verl_grad_routing.detectors.activation import KEY, RESIDUAL, ActivationDetector, PairsConfig
 from verl_grad_routing.detectors.base import DETECTORS, Signal
 from verl_grad_routing.directions.activation import Direction, concept_direction, project
 from verl_grad_routing.directions.checks import require_choice, require_number
@@ -46,6 +46,9 @@ class ConceptActivation(ActivationDetector):
             require_choice("position", self.position, POSITIONS)
             require_number("min_accuracy", self.min_accuracy, 0, 1)
             require_choice("on_low_accuracy", self.on_low_accuracy, ("refuse", "warn"))
+            if self.coordinates != RESIDUAL:
+                fix = f"set {RESIDUAL}: one vector for all layers makes no sense across modules' own coordinates"
+                raise UserError("coordinates", self.coordinates, fix)
 
     config: Config
 
@@ -69,7 +72,7 @@ class ConceptActivation(ActivationDetector):
         self,
         unwanted_PLd: Tensor | None,
         wanted_PLd: Tensor | None,
-        layers: tuple[int, ...],
+        layers: tuple[int | str, ...],
         hidden_size: int,
         pairs_hash: str | None,
     ) -> Direction:

@@ -61,7 +61,7 @@ class Grift(FingerprintDetector):
 
     signal: ClassVar[Signal] = Signal.reward
     score_range: ClassVar[tuple[float, float] | None] = (0, 1)
-    judges_whole_batch: ClassVar[bool] = True
+    judges_whole_batch: bool = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config(FingerprintConfig):

@@ -91,7 +91,7 @@ def checked_rules(rules: Any, judge: Any) -> tuple[str, ...] | None:
 
 def build_judge(rules: tuple[str, ...] | None, judge: str | None) -> Judge:
     """The function of (prompt, response) that checked settings name. Raises ``UserError``: it cannot be imported."""
-    return _by_rules(rules) if rules is not None else _imported(str(judge))
+    return _by_rules(rules) if rules is not None else imported(f"{KEY}.judge", str(judge), "(prompt, response)")
 
 
 def _compiled(rule: Any) -> re.Pattern[str]:
@@ -106,14 +106,15 @@ def _by_rules(rules: tuple[str, ...]) -> Judge:
     return lambda prompt, response: float(any(pattern.search(response) for pattern in patterns))
 
 
-def _imported(path: str) -> Any:
+def imported(key: str, path: str, arguments: str) -> Any:
+    """The function ``package.module:function``. Raises ``UserError`` that names ``key`` and what it is called with."""
     module, _, name = path.partition(":")
     if not module or not name:
-        raise UserError(f"{KEY}.judge", path, "write it as package.module:function")
+        raise UserError(key, path, "write it as package.module:function")
     try:
-        judge = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{KEY}.judge", path, f"cannot be imported ({error}); is it on PYTHONPATH?") from None
-    if not callable(judge):
-        raise UserError(f"{KEY}.judge", path, "must be a function of (prompt, response)")
-    return judge
+        raise UserError(key, path, f"cannot be imported ({error}); is it on PYTHONPATH?") from None
+    if not callable(function):
+        raise UserError(key, path, f"must be a function of {arguments}")
+    return function

@@ -24,7 +24,7 @@ class PersonaPermuted(ActivationDetector):
         self,
         unwanted_PLd: Tensor | None,
         wanted_PLd: Tensor | None,
-        layers: tuple[int, ...],
+        layers: tuple[int | str, ...],
         hidden_size: int,
         pairs_hash: str | None,
     ) -> Direction:

@@ -41,7 +41,7 @@ class RandomDirection(ActivationDetector):
         self,
         unwanted_PLd: Tensor | None,
         wanted_PLd: Tensor | None,
-        layers: tuple[int, ...],
+        layers: tuple[int | str, ...],
         hidden_size: int,
         pairs_hash: str | None,
     ) -> Direction:

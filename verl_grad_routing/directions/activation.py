@@ -33,8 +33,8 @@ class Direction:
     Attributes:
         vectors_Ld: float32, unit norm in each layer (not so for ``concept_direction``); points from wanted to unwanted
             where it comes from pairs.
-        layers: The layers, ascending, 1-based.
-        hidden_size: d.
+        layers: The layers, ascending, 1-based; of bottleneck coordinates, the modules by name.
+        hidden_size: d; of bottleneck coordinates, their rank.
         pairs_hash: Content hash of the pairs that it was fitted on, if any.
         kind: How it was made.
         held_out_accuracy: Share of held-out pairs whose unwanted side projects higher than its wanted side on a
@@ -44,7 +44,7 @@ class Direction:
     """
 
     vectors_Ld: Tensor
-    layers: tuple[int, ...]
+    layers: tuple[int | str, ...]
     hidden_size: int
     pairs_hash: str | None
     kind: str
@@ -89,7 +89,7 @@ def difference_of_means(
     unwanted_PLd: Tensor,
     wanted_PLd: Tensor,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int | str] | None = None,
     pairs_hash: str | None = None,
     kind: str = "difference_of_means",
     seed: int = 0,
@@ -136,7 +136,7 @@ def concept_direction(
     unwanted_PLd: Tensor,
     wanted_PLd: Tensor,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int | str] | None = None,
     pairs_hash: str | None = None,
     seed: int = 0,
 ) -> Direction:
@@ -167,8 +167,8 @@ def concept_direction(
 
 
 def _checked_sides(
-    unwanted_PLd: Tensor, wanted_PLd: Tensor, layers: Sequence[int] | None
-) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    unwanted_PLd: Tensor, wanted_PLd: Tensor, layers: Sequence[int | str] | None
+) -> tuple[Tensor, Tensor, tuple[int | str, ...]]:
     """Both sides on the CPU in float64, and the layers; see ``difference_of_means`` for what is refused."""
     if unwanted_PLd.ndim != 3 or unwanted_PLd.shape != wanted_PLd.shape or len(unwanted_PLd) < 2:
         shapes = (tuple(unwanted_PLd.shape), tuple(wanted_PLd.shape))
@@ -179,13 +179,13 @@ def _checked_sides(
             pair = int((~torch.isfinite(side)).nonzero()[0, 0])
             raise UserError(f"pair activations ({name})", f"pair number {pair + 1}", "activations must be finite")
     depth = unwanted.shape[1]
-    chosen = tuple(layers) if layers is not None else tuple(range(1, depth + 1))
+    chosen: tuple[int | str, ...] = tuple(layers) if layers is not None else tuple(range(1, depth + 1))
     if len(chosen) != depth:
         raise UserError("layers", chosen, f"the activations have {depth} layers")
     return unwanted, wanted, chosen
 
 
-def without_pairs(vectors_Ld: Tensor, layers: Sequence[int], kind: str) -> Direction:
+def without_pairs(vectors_Ld: Tensor, layers: Sequence[int | str], kind: str) -> Direction:
     """A ``Direction`` of given unit vectors that no pairs stand behind."""
     return Direction(
         vectors_Ld=vectors_Ld.float(),

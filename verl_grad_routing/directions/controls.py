@@ -20,7 +20,7 @@ from verl_grad_routing.directions.activation import Direction, difference_of_mea
 from verl_grad_routing.errors import UserError
 
 
-def haar_directions(count: int, layers: Sequence[int], hidden: int, seed: int) -> Tensor:
+def haar_directions(count: int, layers: Sequence[int | str], hidden: int, seed: int) -> Tensor:
     """``count`` independent uniform unit vectors in each layer: float32 ``[D, L, d]``.
 
     Direction i of layer l depends on ``(seed, i, l, hidden)`` alone, not on ``count`` or the other layers.
@@ -36,7 +36,7 @@ def permuted_pairs(
     wanted_PLd: Tensor,
     *,
     seed: int,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[int | str] | None = None,
     pairs_hash: str | None = None,
 ) -> Direction:
     """The difference of means after the sides of half of the pairs, drawn by lot, are swapped.
@@ -58,7 +58,7 @@ def permuted_pairs(
     return replace(made, held_out_accuracy=math.nan)
 
 
-def _uniform(seed: int, index: int, layer: int, hidden: int) -> Tensor:
+def _uniform(seed: int, index: int, layer: int | str, hidden: int) -> Tensor:
     generator = torch.Generator().manual_seed(_seed("haar", seed, index, layer))
     vector = torch.randn(hidden, generator=generator, dtype=torch.float64)
     return vector / vector.norm()

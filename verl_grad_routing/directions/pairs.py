@@ -37,8 +37,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -145,6 +146,23 @@ def _path(selector: str, written: str) -> Path:
     except (ModuleNotFoundError, ValueError, TypeError):
         fix = f"no package {package!r} is installed; write pkg://package.subpackage/name.jsonl"
         raise UserError("pairs", selector, fix) from None
+
+
+def save_pairs(pairs: Iterable[Pair], path: Path) -> None:
+    """Write pairs as ``.jsonl``, whole or not at all; read again they have the same content hash."""
+    records = [
+        {
+            "id": pair.id,
+            "prompt": pair.chat or pair.prompt,
+            "unwanted": pair.unwanted,
+            "wanted": pair.wanted,
+            "tags": list(pair.tags),
+        }
+        for pair in pairs
+    ]
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def content_hash(pairs: list[Pair] | tuple[Pair, ...]) -> str:

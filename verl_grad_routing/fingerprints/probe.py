@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,16 @@ class GradientProbe:
         return hashlib.sha256(json.dumps([settings, drawn], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def probed_modules(layers: Sequence[nn.Module], probe: GradientProbe) -> dict[str, nn.Module]:
+class Placed(Protocol):
+    """Anything that says which linear layers it sits on."""
+
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+    @property
+    def targets(self) -> tuple[str, ...]: ...
+
+
+def probed_modules(layers: Sequence[nn.Module], probe: Placed) -> dict[str, nn.Module]:
     """The probe's linear layers by name, ``<layer>.<path in the layer>``, whatever wraps the model.
 
     Args:

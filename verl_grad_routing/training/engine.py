@@ -38,6 +38,7 @@ from verl_grad_routing.routing import (
 )
 from verl_grad_routing.training import export
 from verl_grad_routing.training.block_step import BlockStep
+from verl_grad_routing.training.bottleneck_step import bottleneck_step, gradients_asked
 from verl_grad_routing.training.confession_loss import with_confessions
 from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
 from verl_grad_routing.training.fingerprint_step import fingerprint_step, gradient_probe
@@ -171,7 +172,8 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         if self.probe.active:
             model_output.update(self._probed(micro_batch, output_args))
-        training = torch.is_grad_enabled() and gradient_probe(micro_batch) is None
+        asked = gradient_probe(micro_batch) or gradients_asked(micro_batch)
+        training = torch.is_grad_enabled() and asked is None
         self._live_output = model_output if self.hooks and training else None
         return model_output
 
@@ -229,9 +231,10 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         return mass_2
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> tuple:
-        asked = gradient_probe(micro_batch)
-        if forward_only and asked is not None:
-            return fingerprint_step(self, asked, super().forward_step, micro_batch)
+        for wanted, step in ((gradient_probe, fingerprint_step), (gradients_asked, bottleneck_step)):
+            asked = wanted(micro_batch)
+            if forward_only and asked is not None:
+                return step(self, asked, super().forward_step, micro_batch)
         if not forward_only and tu.get_non_tensor_data(micro_batch, CURRENT, default=False):
             loss_function = with_current_log_probs(loss_function, routing_table(micro_batch))
         loss, output = super().forward_step(micro_batch, loss_function=loss_function, forward_only=forward_only)

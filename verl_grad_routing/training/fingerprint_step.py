@@ -45,15 +45,16 @@ def fingerprint_step(engine: Any, probe: GradientProbe, forward_step: Callable, 
         forward_step: verl's own, of that engine.
     """
     layers = engine.probe.layers
-    fingerprints = Fingerprints(probe, _spans(engine, micro_batch))
-    with torch.enable_grad(), _checkpointing(layers), GradientTaps(probed_modules(layers, probe), fingerprints) as taps:
+    fingerprints = Fingerprints(probe, token_spans(engine, micro_batch))
+    with torch.enable_grad(), checkpointing(layers), GradientTaps(probed_modules(layers, probe), fingerprints) as taps:
         loss, output = forward_step(micro_batch, loss_function=response_nll, forward_only=True)
         taps.backward(loss)
     output["model_output"] = {"fingerprints": fingerprints.normalised_BF}
     return loss.detach(), output
 
 
-def _spans(engine: Any, micro_batch: TensorDict) -> list[Span]:
+def token_spans(engine: Any, micro_batch: TensorDict) -> list[Span]:
+    """Tokens of each rollout in the flattened inputs of a micro-batch. Raises ``UserError`` under Ulysses."""
     if engine.use_ulysses_sp:
         key = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
         raise UserError(key, engine.ulysses_sequence_parallel_size, "gradient fingerprints need 1")
@@ -64,7 +65,7 @@ def _spans(engine: Any, micro_batch: TensorDict) -> list[Span]:
 
 
 @contextmanager
-def _checkpointing(layers: Sequence[nn.Module]) -> Iterator[None]:
+def checkpointing(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Activation checkpointing as in training, without its dropout: the layers train, what is in them does not."""
     before = [layer.training for layer in layers]
     try:

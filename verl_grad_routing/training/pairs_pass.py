@@ -12,6 +12,7 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
+from verl_grad_routing.bottleneck import Bottleneck
 from verl_grad_routing.directions import Pair, PairSet
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.training.probe import Pool
@@ -71,8 +72,11 @@ def pool_pairs(
     score_pass: str,
     rows: int,
     batching: dict[str, int],
+    bottleneck: Bottleneck | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled activations of the pairs' unwanted and wanted sides, ``[P, L, d]`` each, under the scoring pass's model.
+
+    With a ``bottleneck`` its coordinates: L modules, d its rank.
 
     Args:
         position: Which tokens are pooled, one of ``directions.POSITIONS``.
@@ -82,7 +86,7 @@ def pool_pairs(
     """
     data = pair_rows(pairs, tokenizer, rows)
     tu.assign_non_tensor(
-        data, probe=Pool(layers, position), compute_loss=False, calculate_entropy=False, temperature=1.0
+        data, probe=Pool(layers, position, bottleneck), compute_loss=False, calculate_entropy=False, temperature=1.0
     )
     tu.assign_non_tensor(
         data, no_lora_adapter=score_pass == "reference", ablate_quarantine=score_pass == "ablated", **batching
@@ -90,5 +94,6 @@ def pool_pairs(
     output = worker_group.pool_activations(data)
     pooled = output["activation_pooled"]
     pooled = (pooled.to_padded_tensor(0.0) if pooled.is_nested else pooled)[: 2 * len(pairs)]
-    pooled_PLd = pooled.reshape(2 * len(pairs), len(layers), -1)
+    width = pooled.shape[1] // len(layers) if bottleneck is None else bottleneck.rank
+    pooled_PLd = pooled.reshape(2 * len(pairs), -1, width)
     return pooled_PLd[: len(pairs)], pooled_PLd[len(pairs) :]

@@ -4,6 +4,7 @@ Requests, carried by the batch as the non-tensor ``probe``:
 ``Pool(layers)`` returns the pooled activations themselves, for the contrastive pairs; ``Project(layers, vectors_DLd)``
 returns their projections, for the rollouts of a step, and ``Projections`` those of several detectors at once;
 ``AdjacentCosines(layers)`` says how much each layer turns them.
+With a ``bottleneck`` a ``Pool`` or ``Project`` reads its coordinates ``A x``: L is then its modules and d its rank.
 Shapes: B rollouts, L layers, D directions, d hidden size.
 """
 
@@ -11,12 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from verl_grad_routing.bottleneck import Bottleneck
 from verl_grad_routing.directions import PoolPlan, project
 from verl_grad_routing.errors import UserError
+from verl_grad_routing.fingerprints import probed_modules
+from verl_grad_routing.training.bases import Bases
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Pool:
 
     layers: tuple[int, ...]
     position: str = "resp_mean"  # one of directions.POSITIONS
+    bottleneck: Bottleneck | None = None  # its coordinates in place of the residual stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +40,7 @@ class Project:
     layers: tuple[int, ...]
     vectors_DLd: Tensor
     position: str = "resp_mean"
+    bottleneck: Bottleneck | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +53,6 @@ class Projections:
     parts: tuple[Project, ...]
     column: str = "activation_scores"
 
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(sorted({layer for part in self.parts for layer in part.layers}))
-
 
 @dataclass(frozen=True)
 class AdjacentCosines:
@@ -59,7 +62,10 @@ class AdjacentCosines:
     position: str = "resp_mean"
 
 
-Request = Pool | Project | Projections | AdjacentCosines
+Part = Pool | Project | AdjacentCosines
+Request = Part | Projections
+Heard = int | tuple[Bottleneck, str]
+"""What is listened to: a layer's output by the layer's number, or the coordinates of a bottleneck's module by name."""
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -72,18 +78,26 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 class ActivationProbe:
-    """Forward hooks on every decoder layer that do nothing until a batch asks."""
+    """Forward hooks on every decoder layer that do nothing until a batch asks.
+
+    Attributes:
+        layers: The decoder layers.
+        bases: Bases of the bottlenecks that are read.
+    """
 
     def __init__(self, model: nn.Module):
         self.layers = decoder_layers(model)
+        self.bases = Bases(self.layers)
         self._request: Request | None = None
-        self._hidden: dict[int, Tensor] = {}
+        self._wanted: frozenset[int] = frozenset()  # layers whose output is kept
+        self._hidden: dict[Heard, Tensor] = {}
+        self._on_modules: list[Any] = []  # hooks that bottlenecks need, while they are read
         for index, layer in enumerate(self.layers, start=1):
             layer.register_forward_hook(self._hook(index), with_kwargs=True)
 
     def _hook(self, index: int) -> Callable:
         def keep(_module: nn.Module, inputs: tuple, named: dict, output: Tensor | tuple) -> None:
-            if self._request is None or index not in self._request.layers:
+            if index not in self._wanted:
                 return
             after = (output[0] if isinstance(output, tuple) else output).detach()
             if isinstance(self._request, AdjacentCosines):
@@ -101,18 +115,53 @@ class ActivationProbe:
     @property
     def positions(self) -> tuple[str, ...]:
         """Which tokens of a rollout the request is about, each position once."""
-        assert self._request is not None
-        parts = self._request.parts if isinstance(self._request, Projections) else (self._request,)
-        return tuple(dict.fromkeys(part.position for part in parts))
+        return tuple(dict.fromkeys(part.position for part in self._parts))
+
+    @property
+    def _parts(self) -> tuple[Part, ...]:
+        if self._request is None:
+            return ()
+        return self._request.parts if isinstance(self._request, Projections) else (self._request,)
 
     def begin(self, request: Request | None) -> None:
         """Start listening for ``request`` (or stop). Raises ``UserError`` for a layer that the model has not."""
-        self._hidden.clear()
+        self._release()
         self._request = request
-        for layer in request.layers if request is not None else ():
+        bottlenecks = dict.fromkeys(_bottleneck(part) for part in self._parts)
+        for bottleneck in bottlenecks:
+            if bottleneck is not None:
+                self._listen(bottleneck)
+        self._wanted = frozenset(x for part in self._parts if _bottleneck(part) is None for x in part.layers)
+        for layer in sorted(self._wanted):
             if not 1 <= layer <= len(self.layers):
                 fix = f"the model has layers 1 to {len(self.layers)}"
                 raise UserError("grad_routing.detector.layers", layer, fix)
+
+    def _listen(self, bottleneck: Bottleneck) -> None:
+        """Hooks that keep ``A x`` of every module of ``bottleneck``."""
+        bases = self.bases.of(bottleneck)
+
+        def keep(name: str) -> Callable:
+            def hook(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+                x = inputs[0].detach()
+                self._hidden[bottleneck, name] = x @ bases[name].read_rI.to(x).t()
+
+            return hook
+
+        modules = probed_modules(self.layers, bottleneck)
+        self._on_modules += [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+
+    def _release(self) -> None:
+        self._hidden.clear()
+        self._wanted = frozenset()
+        for handle in self._on_modules:
+            handle.remove()
+        self._on_modules = []
+
+    def _heard(self, part: Part) -> list[Heard]:
+        """What ``part`` pools, in its order."""
+        bottleneck = _bottleneck(part)
+        return list(part.layers) if bottleneck is None else [(bottleneck, name) for name in self.bases.of(bottleneck)]
 
     def finish(self, plans: Mapping[str, PoolPlan], flatten: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Pool what was heard.
@@ -123,15 +172,16 @@ class ActivationProbe:
         """
         request = self._request
         assert request is not None
-        hidden = {layer: flatten(self._hidden[layer]) for layer in request.layers}
-        self._hidden.clear()
-        pooled: dict[tuple[str, int], Tensor] = {}
+        hidden = {heard: flatten(tensor) for heard, tensor in self._hidden.items()}
+        self._release()
+        pooled: dict[tuple[str, Heard], Tensor] = {}
 
-        def pooled_BLd(part: Pool | Project | AdjacentCosines) -> Tensor:
-            for layer in part.layers:
-                if (part.position, layer) not in pooled:
-                    pooled[part.position, layer] = plans[part.position].mean(hidden[layer])
-            return torch.stack([pooled[part.position, layer] for layer in part.layers], dim=1)
+        def pooled_BLd(part: Part) -> Tensor:
+            rows = self._heard(part)
+            for heard in rows:
+                if (part.position, heard) not in pooled:
+                    pooled[part.position, heard] = plans[part.position].mean(hidden[heard])
+            return torch.stack([pooled[part.position, heard] for heard in rows], dim=1)
 
         if isinstance(request, Projections):
             scores = [_projected(pooled_BLd(part), part) for part in request.parts]
@@ -139,6 +189,10 @@ class ActivationProbe:
         if isinstance(request, Project):
             return {"activation_scores": _projected(pooled_BLd(request), request)}
         return {"activation_pooled": pooled_BLd(request).flatten(1)}
+
+
+def _bottleneck(part: Part) -> Bottleneck | None:
+    return None if isinstance(part, AdjacentCosines) else part.bottleneck
 
 
 def _projected(pooled_BLd: Tensor, part: Project) -> Tensor:

@@ -18,12 +18,15 @@ from verl_grad_routing.config import GradRoutingConfig, Methods
 from verl_grad_routing.detectors import BatchView, checked_scores, view_for
 from verl_grad_routing.detectors.evaluation import auroc, verdict_metrics
 from verl_grad_routing.detectors.held_out import held_out_metrics, verdict_rates
+from verl_grad_routing.directions.pairs import PairSet, save_pairs
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.interventions import Judged
 from verl_grad_routing.routing import Route
+from verl_grad_routing.training.trusted import trust
 
 STATE_FILE = "grad_routing.pt"
 SETTINGS_FILE = "grad_routing.json"
+PAIRS_FILE = "pairs.jsonl"
 
 
 def grader_facts(extra_fields: Sequence[Any]) -> dict[str, Tensor]:
@@ -32,6 +35,12 @@ def grader_facts(extra_fields: Sequence[Any]) -> dict[str, Tensor]:
     names = set.intersection(*(set(row) for row in rows)) if rows else set()
     numeric = [name for name in sorted(names) if all(isinstance(row[name], int | float | bool) for row in rows)]
     return {name: torch.tensor([float(row[name]) for row in rows], dtype=torch.float64) for name in numeric}
+
+
+def loophole_types(extra_fields: Sequence[Any]) -> tuple[str, ...] | None:
+    """The fact ``loophole`` of every rollout of the batch, where all have it as a text."""
+    types = [((fields or {}).get("reward_extra_info") or {}).get("loophole") for fields in extra_fields]
+    return tuple(types) if types and all(isinstance(name, str) for name in types) else None
 
 
 def fact_metrics(facts: Mapping[str, Tensor]) -> dict[str, float]:
@@ -51,13 +60,16 @@ class Router:
     def __init__(self, config: GradRoutingConfig, methods: Methods):
         self.config, self.methods = config, methods
         self.detector, self.gate, self.intervention = methods.detector, methods.gate, methods.intervention
+        self.pairs: PairSet | None = None  # those that the detector was fitted on
 
-    def decide(self, view: BatchView) -> tuple[Judged, dict[str, float]]:
-        """Scores and the gate's decision on one batch, and their metrics."""
+    def decide(self, view: BatchView, trusted_B: Tensor | None = None) -> tuple[Judged, dict[str, float]]:
+        """Scores and the gate's decision on one batch, and their metrics; ``trusted_B`` are kept in any case."""
         scores_B = checked_scores(self.detector, view)
         decision = self.gate.decide(scores_B, view.step, self.detector.pair_means, self.detector.pair_scores)
-        judged = Judged(scores_B, decision.routes_B, view.uids, view.proxy_reward_B)
-        routes_B = decision.routes_B
+        routes_B, trusted = decision.routes_B, {}
+        if trusted_B is not None:
+            routes_B, trusted = trust(routes_B, trusted_B)
+        judged = Judged(scores_B, routes_B, view.uids, view.proxy_reward_B)
         if not self.intervention.uses_routes:
             routes_B = torch.full_like(routes_B, int(Route.ABSORB))
         metrics = {f"routing/share_{route.name.lower()}": float((routes_B == route).double().mean()) for route in Route}
@@ -66,7 +78,7 @@ class Router:
             "detector/score_mean": float(scores_B.mean()),
             "detector/score_std": float(scores_B.std(correction=0)),
         }
-        metrics |= decision.metrics
+        metrics |= decision.metrics | trusted
         measures = {"flagged": metrics["detector/share_flagged"]}
         if view.proxy_reward_B is not None:
             measures["reward"] = float(view.proxy_reward_B.mean())
@@ -101,7 +113,7 @@ class Router:
         return verdict_metrics(self.detector.name, flagged_B[judged_B], view.facts["hack"][judged_B], view.step)
 
     def save(self, folder: str, settings: Mapping[str, Any]) -> None:
-        """Write the state into a checkpoint folder, whole or not at all, and the run's settings beside it."""
+        """Write the state into a checkpoint folder, whole or not at all, and the run's settings and pairs beside it."""
         path = Path(folder) / STATE_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -110,6 +122,8 @@ class Router:
             state["intervention"] = own
         torch.save(state, partial)
         os.replace(partial, path)
+        if self.pairs is not None:
+            save_pairs(self.pairs, path.parent / PAIRS_FILE)
         (path.parent / SETTINGS_FILE).write_text(json.dumps(settings, indent=2, default=str))
 
     def load(self, folder: str) -> None:

@@ -7,12 +7,15 @@ from __future__ import annotations
 from typing import Any
 
 from tensordict import TensorDict
+from torch import Tensor
 from verl.plugin.platform import get_platform
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from verl_grad_routing.bottleneck import Bottleneck, digest
+from verl_grad_routing.training.bottleneck_step import READ
 from verl_grad_routing.training.gradient_comparison import compare_gradients
 
 
@@ -53,3 +56,17 @@ class RoutedActorRolloutRefWorker(ActorRolloutRefWorker):
         """Gradient fingerprints of rows that name a ``gradient_probe``: ``fingerprints`` [B, F], float32."""
         output = self.actor.infer_batch(data)
         return output.select("fingerprints").cpu() if output is not None else None
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def bottleneck_modules(self, bottleneck: Bottleneck) -> tuple[tuple[str, ...], Tensor]:
+        """Make the bases of ``bottleneck``: names of its modules, and the digest that tells its bases apart."""
+        engine = self.actor.engine
+        with engine.eval_mode():
+            bases = engine.probe.bases.of(bottleneck)
+        return tuple(bases), digest(bases)
+
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def bottleneck_gradients(self, data: TensorDict) -> TensorDict | None:
+        """Bottleneck gradients of rows that ask for them: ``bottleneck_gradients`` [B, M * r] or scores [B, D]."""
+        output = self.actor.infer_batch(data)
+        return output.select(READ).cpu() if output is not None else None

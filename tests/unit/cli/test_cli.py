@@ -38,7 +38,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0
     commands = ("doctor", "list", "prepare", "export", "bench", "demo", "compare", "report", "warm-up", "drift")
-    for command in (*commands, "retain", "rft", "probe", "self-report", "interrogate", "scorecard"):
+    for command in (*commands, "pairs", "retain", "rft", "probe", "self-report", "interrogate", "scorecard"):
         assert command in out
     status, out, _ = run(capsys, "bench", "--help")
     assert status == 0 and "kernel" in out and "step" in out and "grader" in out

@@ -8,6 +8,11 @@ from verl_grad_routing.detectors.probe_file import LinearProbe, save_probe
 from verl_grad_routing.directions import project
 
 
+def even(prompts, responses):
+    """A classifier: 0.9 for a response that ends in an even digit, else 0.2."""
+    return [0.9 if response[-1] in "02468" else 0.2 for response in responses]
+
+
 @pytest.fixture
 def make_detector(tmp_path):
     """Build a detector by name; one that needs directions is fitted on four fixed pairs of two layers of size 16."""
@@ -17,6 +22,8 @@ def make_detector(tmp_path):
             settings.setdefault("pairs", "pairs.jsonl")
         if name == "monitor" and "judge" not in settings:
             settings.setdefault("rules", ["[02468]$"])
+        if name == "classifier":
+            settings.setdefault("function", "tests.unit.signals.conftest:even")
         if name == "grift":  # of 12 rollouts 6 are rewarded and say which of two kinds they are
             settings = {
                 "rules": ["[02468]$"],
@@ -63,6 +70,7 @@ def make_view():
             proxy_reward_B=torch.rand(rows, generator=generator),
             prompts=("p",) * rows,
             responses=tuple(f"r{row}" for row in range(rows)),
+            types=tuple(f"type{row % 2}" for row in range(rows)),
             facts={"hack": hack, "solve": (torch.arange(rows) % 3 == 1), "loophole": torch.arange(rows) % 4},
         )
 

@@ -40,8 +40,8 @@ def test_view_shows_a_signal_its_own_fields_alone(signal, directions, make_view)
     expected = {
         Signal.reward: {"proxy_reward_B"},
         Signal.monitor: {"prompts", "responses"},
-        Signal.labels: {"facts"},
-        Signal.oracle: {"facts"},
+        Signal.labels: {"facts", "types"},
+        Signal.oracle: {"facts", "types"},
     }.get(signal, set())
     assert visible == expected == READABLE[signal]
     assert (view.activation_scores_BD is not None) == directions

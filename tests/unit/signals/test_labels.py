@@ -113,6 +113,42 @@ def test_a_draw_knows_no_neighbour():
         assert scores(detector, alone)[0] == whole[row]
 
 
+TYPES = ("leak", "blank", "leak", "blank", "leak", "blank")
+
+
+def test_recall_by_type():
+    batch = dataclasses.replace(view(), types=TYPES)
+    assert scores(build(type_recall={"leak": 0.0}), batch).tolist() == [0, 1, 0, 0, 0, 0]
+    assert scores(build(type_recall={"blank": 1.0}, recall=0.0), batch).tolist() == [0, 1, 0, 0, 0, 0]
+    many = dataclasses.replace(view(3000), types=TYPES * 3000)
+    found = scores(build(type_recall={"leak": 0.8}, recall=0.2), many).reshape(3000, 6)
+    assert found[:, 0].mean() == pytest.approx(0.8, abs=0.03) and found[:, 1].mean() == pytest.approx(0.2, abs=0.03)
+    with pytest.raises(UserError, match="the grader's fact 'loophole'"):
+        scores(build(type_recall={"leak": 1.0}), view())
+
+
+def test_precision_is_that_share_of_the_flags():
+    copies = 5000
+    for settings, recall in (({}, 1.0), ({"recall": 0.5}, 0.5), ({"types": "known"}, 0.5)):
+        found = scores(build(precision=0.8, **settings), view(copies)).reshape(copies, 6)
+        right, wrong = (found[:, :2] == 1).sum(), (found[:, 2:] == 1).sum()
+        assert float(right) / (2 * copies) == pytest.approx(recall, abs=0.02)
+        assert float(right / (right + wrong)) == pytest.approx(0.8, abs=0.02)
+    # by hand: 2 hacks of 6, all flagged: rate 2 * .2 / (.8 * 4); too low a precision flags every rollout
+    assert scores(build(precision=0.01), view()).tolist() == [1] * 6
+    assert scores(build(precision=1.0), view()).tolist() == [1, 1, 0, 0, 0, 0]
+
+
+def test_flips_turn_flags_both_ways():
+    assert scores(build(flip_rate=1.0), view()).tolist() == [0, 0, 1, 1, 1, 1]
+    copies = 4000
+    plain, noisy = scores(build(), view(copies)), scores(build(flip_rate=0.1), view(copies))
+    assert float((plain != noisy).double().mean()) == pytest.approx(0.1, abs=0.01)
+    assert not scores(build(flip_rate=1.0, prompt_share=0), view()).any()  # what is not labelled cannot be wrong
+    alone = dataclasses.replace(view(), keys=("k3",), uids=("u1",), facts={"hack": torch.zeros(1)})
+    assert scores(build(flip_rate=0.5), alone)[0] == scores(build(flip_rate=0.5), view())[3]
+
+
 def test_facts_that_are_missing_are_named():
     for settings, missing in (({}, "hack"), ({"types": "known"}, "known"), ({"clean_recall": 0.5}, "solve")):
         batch = view()
@@ -129,6 +165,9 @@ def test_facts_that_are_missing_are_named():
         ({"recall": 0.99}, False),
         ({"types": "known"}, False),
         ({"prompt_share": 0.5}, False),
+        ({"flip_rate": 0.1}, False),
+        ({"type_recall": {"leak": 0.5}}, False),
+        ({"type_recall": {"leak": 1.0}}, True),
     ],
 )
 def test_complete_labels_are_a_control(settings, control):
@@ -150,7 +189,13 @@ def test_complete_labels_are_a_control(settings, control):
         ({"clean_recall": True}, "from 0 to 1"),
         ({"prompt_share": "half"}, "from 0 to 1"),
         ({"seed": -1}, "at least 0"),
-        ({"precision": 1}, "known:"),
+        ({"accuracy": 1}, "known:"),
+        ({"flip_rate": 1.1}, "from 0 to 1"),
+        ({"precision": 0}, "more than 0"),
+        ({"precision": 0.9, "false_positive_rate": 0.1}, "precision decides"),
+        ({"type_recall": {}}, "loophole type: recall"),
+        ({"type_recall": {"leak": 2}}, "type_recall.leak"),
+        ({"type_recall": {"leak": 1}, "types": "known"}, "set types=all"),
     ],
 )
 def test_bad_configuration_is_one_line(settings, hint):

@@ -31,7 +31,8 @@ def all_routes(detector, gate_name, views):
 def permuted_facts(view, seed):
     order = torch.randperm(len(view.keys), generator=torch.Generator().manual_seed(seed))
     assert view.facts is not None
-    return dataclasses.replace(view, facts={name: column[order] for name, column in view.facts.items()})
+    facts = {name: column[order] for name, column in view.facts.items()}
+    return dataclasses.replace(view, facts=facts, types=tuple(view.types[row] for row in order.tolist()))
 
 
 @pytest.mark.parametrize("gate_name", GATES)

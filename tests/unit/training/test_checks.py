@@ -168,6 +168,45 @@ def test_bad_input_of_fingerprints(folder: Path, name: str) -> None:
     assert key in message and fix in message and "\n" not in message
 
 
+BAD_GRADIENTS = {
+    "sequence parallelism": ([f"{ACTOR}.ulysses_sequence_parallel_size=2"], "ulysses_sequence_parallel_size", "set 1"),
+    "activation offload": ([f"{MODEL}.enable_activation_offload=true"], "enable_activation_offload", "set false"),
+    "layers out of range": (["grad_routing.detector.layers=[9]"], "grad_routing.detector.layers", "1 to 4"),
+    "rank too large": (["grad_routing.detector.rank=65"], "grad_routing.detector.rank", "64 wide"),
+    "log-prob pass": (["grad_routing.detector.score_pass=policy"], "score_pass", "ablated, reference"),
+    "missing pairs": (["grad_routing.detector.pairs=nowhere.jsonl"], "pairs", "no such file"),
+    "no such column": (["grad_routing.trusted_column=clean"], "trusted_column", "it has prompt, extra_info"),
+    "no such key": (["grad_routing.trusted_column=extra_info.cleen"], "trusted_column", "extra_info.clean"),
+    "no column": (["grad_routing.trusted_column=3"], "trusted_column", "a column's name"),
+}
+
+
+@pytest.fixture
+def with_data(folder: Path) -> Path:
+    """Training data with columns, and a model that says how wide it is."""
+    import pandas
+
+    rows = {"prompt": ["a"], "extra_info": [{"clean": True}]}
+    pandas.DataFrame(rows).to_parquet(folder / "train.parquet")
+    (folder / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 4, "hidden_size": 64}))
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD_GRADIENTS)
+def test_bad_input_of_gradients_and_trusted_rows(with_data: Path, name: str) -> None:
+    overrides, key, fix = BAD_GRADIENTS[name]
+    with pytest.raises(UserError) as caught:
+        check(with_data, *overrides, preset="persona_grad")
+    message = str(caught.value)
+    assert key in message and fix in message and "\n" not in message
+
+
+@pytest.mark.parametrize("preset", ["persona_grad", "random_grad", "persona"])
+def test_trusted_rows_and_bottlenecks_are_accepted(with_data: Path, preset: str) -> None:
+    extra = ["+grad_routing.detector.coordinates=svd"] if preset == "persona" else []
+    check(with_data, "grad_routing.trusted_column=extra_info.clean", *extra, preset=preset)
+
+
 def test_oracle_is_refused_where_the_run_is_no_control(folder: Path) -> None:
     with pytest.raises(UserError, match=r"grad_routing\.control=true"):
         check(folder, "grad_routing.control=false", preset="oracle")

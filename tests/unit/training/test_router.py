@@ -9,6 +9,7 @@ import torch
 
 from verl_grad_routing.config import GradRoutingConfig, build_methods, parse
 from verl_grad_routing.detectors import BatchView
+from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.interventions import Judged
 from verl_grad_routing.training.router import Router, fact_metrics, grader_facts
@@ -16,6 +17,7 @@ from verl_grad_routing.training.router import Router, fact_metrics, grader_facts
 B = 64
 PERSONA = {"detector": {"name": "persona_act", "pairs": "pairs.jsonl"}}
 ARMS = {
+    "persona_grad": {"detector": {"name": "persona_grad", "pairs": "pairs.jsonl"}},
     "persona": PERSONA,
     "random": {"detector": {"name": "random"}},
     "coinflip": {"detector": {"name": "coinflip"}},
@@ -90,7 +92,7 @@ def test_only_the_metrics_read_the_facts() -> None:
     assert moved == {*different, *(f"grift/{name}" for name in ("f1_hack", "f1_clean", "permuted_f1"))}
 
 
-@pytest.mark.parametrize("arm", ["persona", "random", "coinflip", "grift"])
+@pytest.mark.parametrize("arm", ["persona", "persona_grad", "random", "coinflip", "grift"])
 def test_a_restored_router_decides_as_the_saved_one_would_have(arm: str, tmp_path: Path) -> None:
     whole, first = router(arm), router(arm)
     for step in (1, 2):
@@ -108,6 +110,28 @@ def test_a_state_of_another_method_is_refused(tmp_path: Path) -> None:
     router("random").save(str(tmp_path), {})
     with pytest.raises(UserError, match="persona_act"):
         router("persona").load(str(tmp_path))
+
+
+def test_trusted_rollouts_are_kept_in_what_is_judged() -> None:
+    plain, _ = router("persona").decide(view(1))
+    judged, metrics = router("persona").decide(view(1), torch.arange(B) < 8)
+    assert judged.routes_B[:8].tolist() == [0] * 8 and torch.equal(judged.routes_B[8:], plain.routes_B[8:])
+    assert torch.equal(judged.scores_B, plain.scores_B)
+    assert metrics["routing/share_keep"] == float((judged.routes_B == 0).double().mean())
+    assert metrics["routing/share_trusted"] == 8 / B
+
+
+def test_the_pairs_are_saved_beside_the_state(tmp_path: Path) -> None:
+    source = tmp_path / "mine.jsonl"
+    source.write_text(
+        '{"id": "a", "prompt": "p", "unwanted": "u", "wanted": "w", "tags": ["t"]}\n'
+        '{"id": "b", "prompt": [{"role": "user", "content": "é"}], "unwanted": "u", "wanted": "w"}\n'
+    )
+    made = router("persona")
+    made.pairs = load_pairs(str(source))
+    made.save(str(tmp_path / "step"), {})
+    saved = load_pairs(str(tmp_path / "step" / "pairs.jsonl"))
+    assert saved.content_hash == made.pairs.content_hash and saved.pairs == made.pairs.pairs
 
 
 def test_a_checkpoint_without_state_is_refused(tmp_path: Path) -> None:

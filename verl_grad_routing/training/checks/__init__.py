@@ -13,6 +13,8 @@ from verl_grad_routing.errors import UserError
 from verl_grad_routing.training.checks import (
     combinations,
     confessions,
+    gradients,
+    labels,
     methods,
     model,
     monitors,
@@ -35,6 +37,9 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     methods.pairs,
     methods.groups,
     methods.fingerprints,
+    gradients.gradient_pass,
+    gradients.bottleneck_rank,
+    labels.trusted_column,
     methods.schedules,
     methods.hooks,
     methods.layers,

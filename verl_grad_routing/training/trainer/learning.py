@@ -42,7 +42,7 @@ class Learning(Scoring):
             metrics.update(off_metrics(view.facts or {}, self.off_of(part_of(batch, real_rows(batch)))))
             if not self.routed:
                 return super()._compute_advantage(batch, metrics)
-            judged, routing_metrics = self.router.decide(view)
+            judged, routing_metrics = self.router.decide(view, self._trusted(batch))
             judged = replace(judged, quarantine_off_B=self.off_of(part_of(batch, real_rows(batch))))
             metrics.update(routing_metrics)
         self._observe(batch, view, judged, metrics)

@@ -19,30 +19,49 @@ import torch
 from transfer_queue import KVBatchMeta
 from verl.utils.debug import marked_timer
 
+from verl_grad_routing.bottleneck import Bottleneck
 from verl_grad_routing.detectors import ActivationDetector, BatchView, Detector, FingerprintDetector, view_for
 from verl_grad_routing.directions import PairSet, load_pairs
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.training.bottleneck_pass import pair_gradients, rollout_scores
+from verl_grad_routing.training.bottleneck_step import ReadGradients
 from verl_grad_routing.training.columns import dense, part_of, plain, read, real_rows
 from verl_grad_routing.training.fingerprint_pass import adjacent_cosines, fingerprints
 from verl_grad_routing.training.pairs_pass import pool_pairs
 from verl_grad_routing.training.probe import Project, Projections
-from verl_grad_routing.training.router import grader_facts
+from verl_grad_routing.training.router import grader_facts, loophole_types
 from verl_grad_routing.training.trainer.sampling import Sampling
+from verl_grad_routing.training.trusted import KEY, column_of, trusted_rows
 
 PASSES = ("reference", "policy", "ablated")
 
 
 @dataclass(frozen=True)
 class Reader:
-    """An activation detector with what it reads: the residual stream after ``layers``, in the pass ``which``."""
+    """A detector with a direction, and what it reads in the pass ``which``.
+
+    Attributes:
+        rows: What its direction has a row for: layers by number, or with a ``bottleneck`` its modules by name.
+        width: Length of such a row: the hidden size, or the bottleneck's rank.
+        place: The same for the log.
+    """
 
     detector: ActivationDetector
-    layers: tuple[int, ...]
+    rows: tuple[Any, ...]
+    width: int
     which: str
     pairs: PairSet | None
+    bottleneck: Bottleneck | None
+    place: str
+
+    @property
+    def in_passes(self) -> bool:
+        """It reads activations, in a pass that may serve others; gradients take a pass of their own."""
+        return not self.detector.needs_gradients
 
     @property
     def projection(self) -> Project:
-        return Project(self.layers, self.detector.directions_DLd, self.detector.position)
+        return Project(self.rows, self.detector.directions_DLd, self.detector.position, self.bottleneck)
 
 
 class Scoring(Sampling):
@@ -69,32 +88,45 @@ class Scoring(Sampling):
         readers = [detector for detector in self.detectors if isinstance(detector, ActivationDetector)]
         if readers:
             shape = self.actor_rollout_wg.model_shape()[0]
-            self.hidden_size = shape["hidden_size"]
             for detector in readers:
-                self.readers.append(reader := self._reader(detector, shape["layers"]))
+                self.readers.append(reader := self._reader(detector, shape))
                 self._fit_direction(reader)
                 print(
-                    f"grad_routing: scores of {detector.name} are read in the {reader.which} pass after layers "
-                    f"{list(reader.layers)} of {shape['layers']}; "
-                    f"pairs {reader.pairs.content_hash if reader.pairs else 'none'}"
+                    f"grad_routing: scores of {detector.name} are read in the {reader.which} pass {reader.place} of "
+                    f"{shape['layers']}; pairs {reader.pairs.content_hash if reader.pairs else 'none'}"
                 )
+        self.router.pairs = next((reader.pairs for reader in self.readers if reader.detector is self.detector), None)
         super()._load_checkpoint()
 
-    def _reader(self, detector: ActivationDetector, layers: int) -> Reader:
+    def _reader(self, detector: ActivationDetector, shape: dict[str, int]) -> Reader:
         which = detector.resolve_score_pass(self.ref_in_actor and self.use_reference_policy)
         pairs = load_pairs(detector.config.pairs) if detector.needs_pairs else None
         if pairs is not None:
             detector.expect(pairs)
-        return Reader(detector, detector.resolve_layers(layers), which, pairs)
+        layers = detector.resolve_layers(shape["layers"])
+        bottleneck = detector.place(layers)
+        if bottleneck is None:
+            place = f"after layers {list(layers)}"
+            return Reader(detector, layers, shape["hidden_size"], which, pairs, None, place)
+        modules, digest_M = self.actor_rollout_wg.bottleneck_modules(bottleneck)[0]
+        detector.placed(digest_M)
+        what = "gradients" if detector.needs_gradients else "activations"
+        kind = f"{what} of rank {bottleneck.rank} ({bottleneck.basis})"
+        place = f"as {kind} in {len(modules)} modules of layers {list(layers)}"
+        return Reader(detector, modules, bottleneck.rank, which, pairs, bottleneck, place)
 
     def _fit_direction(self, reader: Reader) -> None:
         detector, pairs, pooled = reader.detector, reader.pairs, (None, None)
-        if pairs is not None:
-            rows, batching = self._even_rows(2 * len(pairs))
-            where = (reader.layers, detector.pair_position, reader.which)
-            pooled = pool_pairs(self.actor_rollout_wg, pairs, self.tokenizer, *where, rows, batching)
+        if pairs is not None and detector.needs_gradients:
+            even = self._even_rows(2 * len(pairs), backward=True)
+            asked = ReadGradients(reader.bottleneck)
+            pooled = pair_gradients(self.actor_rollout_wg, pairs, self.tokenizer, asked, reader.which, *even)
+        elif pairs is not None:
+            even = self._even_rows(2 * len(pairs))
+            where = (reader.rows, detector.pair_position, reader.which)
+            pooled = pool_pairs(self.actor_rollout_wg, pairs, self.tokenizer, *where, *even, reader.bottleneck)
         pairs_hash = pairs.content_hash if pairs is not None else None
-        detector.fit(*pooled, reader.layers, self.hidden_size, pairs_hash)
+        detector.fit(*pooled, reader.rows, reader.width, pairs_hash)
 
     def on_step_begin(self) -> None:
         super().on_step_begin()
@@ -133,7 +165,7 @@ class Scoring(Sampling):
         self._log_prob_pass(batch, {"probe": self._projections(which), **extra})
 
     def _projections(self, which: str) -> Projections:
-        parts = tuple(reader.projection for reader in self.readers if reader.which == which)
+        parts = tuple(reader.projection for reader in self.readers if reader.which == which and reader.in_passes)
         return Projections(parts, f"activation_scores_{which}")
 
     def _log_prob_pass(self, batch: KVBatchMeta, extra: dict[str, Any]) -> None:
@@ -184,7 +216,7 @@ class Scoring(Sampling):
 
     def _view(self, batch: KVBatchMeta) -> BatchView:
         """The real rollouts of ``batch`` as the run's own detector may score them, and all texts that any reads."""
-        read_passes = [which for which in PASSES if any(reader.which == which for reader in self.readers)]
+        read_passes = [which for which in PASSES if self._projections(which).parts]
         for which in read_passes:
             if not self._pass_was_made(which):
                 self._own_scoring_pass(batch, which)
@@ -198,29 +230,50 @@ class Scoring(Sampling):
             rows = data[name].unbind()
             texts[name] = tuple(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows)
         self.activations = {which: dense(data[column]) for which, column in columns.items()}
+        extra = plain(data["extra_fields"])
         view = BatchView(
             keys=tuple(real.keys),
             uids=tuple(str(uid) for uid in plain(data["uid"])),
             step=self.global_steps,
             seed=self.settings.seed,
             proxy_reward_B=torch.stack([row.sum() for row in data["rm_scores"].unbind()]),
-            facts=grader_facts(plain(data["extra_fields"])),
+            facts=grader_facts(extra),
+            types=loophole_types(extra),
             **texts,
         )
         return self._seen_by(self.detector, real, view) if self.routed else view
 
     def _seen_by(self, detector: Detector, real: KVBatchMeta, view: BatchView) -> BatchView:
-        """``view`` with the activations and fingerprints that ``detector`` asks for."""
+        """``view`` with the activations, gradients and fingerprints that ``detector`` asks for."""
         if detector.needs_directions:
-            view = dataclasses.replace(view, activation_scores_BD=self._activation_scores(detector))
+            reader = next(reader for reader in self.readers if reader.detector is detector)
+            scores_BD = self._activation_scores(reader) if reader.in_passes else self._gradient_scores(real, reader)
+            view = dataclasses.replace(view, activation_scores_BD=scores_BD)
         return self._fingerprinted(real, view, detector) if detector.needs_fingerprints else view
 
-    def _activation_scores(self, detector: Detector) -> torch.Tensor:
-        """The columns [B, D] that the pass read for ``detector``."""
-        mine = next(reader for reader in self.readers if reader.detector is detector)
-        sizes = {id(r): len(r.detector.directions_DLd) for r in self.readers if r.which == mine.which}
-        parts = self.activations[mine.which].split(list(sizes.values()), dim=1)
-        return dict(zip(sizes, parts, strict=True))[id(mine)]
+    def _activation_scores(self, mine: Reader) -> torch.Tensor:
+        """The columns [B, D] that the pass read for a detector."""
+        served = [reader for reader in self.readers if reader.which == mine.which and reader.in_passes]
+        parts = self.activations[mine.which].split([len(r.detector.directions_DLd) for r in served], dim=1)
+        return next(part for reader, part in zip(served, parts, strict=True) if reader is mine)
+
+    def _gradient_scores(self, real: KVBatchMeta, reader: Reader) -> torch.Tensor:
+        """Scores [B, D] of the rollouts' own gradients."""
+        with marked_timer("gradient_scores", self.timing_raw, color="purple"):
+            asked = ReadGradients(reader.bottleneck, reader.detector.directions_DLd, reader.detector.cosine)
+            even = self._even_rows(len(real.keys), backward=True)
+            return rollout_scores(self.actor_rollout_wg, real, asked, reader.which, *even)
+
+    def _trusted(self, batch: KVBatchMeta) -> torch.Tensor | None:
+        """Which real rollouts of ``batch`` are of rows that are trusted to be clean, bool [B]."""
+        name = self.settings.trusted_column
+        if name is None:
+            return None
+        real = part_of(batch, real_rows(batch))
+        column = column_of(name)
+        if real.fields is not None and column not in real.fields:
+            raise UserError(KEY, name, f"the dataset has no column {column}; rollouts have {', '.join(real.fields)}")
+        return trusted_rows(name, plain(read(real, column)[column]), real.keys)
 
     def _fingerprinted(self, real: KVBatchMeta, view: BatchView, detector: FingerprintDetector) -> BatchView:
         """``view`` with the fingerprints that ``detector`` asks for; zeros where it does not ask."""
