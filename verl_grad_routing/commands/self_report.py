@@ -54,7 +54,7 @@ def interrogate(
     split: Annotated[str, typer.Option(help="Data file whose prompts are answered.")] = "test",
     question: Annotated[str | None, typer.Option(help="loopholes or chat; by the environment if not given.")] = None,
     limit: Annotated[int, typer.Option(help="Prompts; 0 takes all.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 7,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; by the question if not given.")] = None,
     temperature: Annotated[float, typer.Option(help="Of the answers; 0 is greedy.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the answers.")] = 0,
     json: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,

@@ -21,7 +21,7 @@ def interrogate_model(
     split: str,
     question: str | None,
     limit: int,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     seed: int,
 ) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def interrogate_model(
         tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    given = {"max_new_tokens": max_new_tokens or asked.answer_tokens, "temperature": temperature, "seed": seed}
     answers = answer_all(loaded, tokenizer, grader, rows, **given)
     return admission_report(admission_scores(loaded, tokenizer, answers, asked), answers)
 

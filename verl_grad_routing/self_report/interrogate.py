@@ -56,11 +56,11 @@ def answer_all(
     torch.manual_seed(seed)
     found: list[Answer] = []
     device = next(model.parameters()).device
+    tokenizer.padding_side = "left"
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         chats = [[dict(message) for message in row["prompt"]] for row in part]
         texts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
-        tokenizer.padding_side = "left"
         inputs = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True)
         tokens, attention = (inputs[name].to(device) for name in ("input_ids", "attention_mask"))
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}

@@ -40,8 +40,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     commands = ("doctor", "list", "prepare", "export", "bench", "demo", "compare", "report", "warm-up", "drift")
     for command in (*commands, "pairs", "retain", "rft", "probe", "self-report", "interrogate", "scorecard"):
         assert command in out
+    assert all(command in out for command in ("probe", "self-report", "interrogate"))
     status, out, _ = run(capsys, "bench", "--help")
-    assert status == 0 and "kernel" in out and "step" in out and "grader" in out
+    assert status == 0 and "kernel" in out and "step" in out and "grader" in out and "baselines" in out
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
@@ -106,6 +107,11 @@ def test_presets_take_their_description_from_the_first_comment(
         (["export", "nowhere", "--to", "x"], ["CHECKPOINT", "'nowhere'"]),
         (["report", "nowhere"], ["RUNS", "'nowhere'"]),
         (["compare", "nowhere.yaml"], ["GRID", "'nowhere.yaml'", "no such file"]),
+        (["probe", "show", "nowhere"], ["PROBE", "'nowhere'", "vgr probe fit"]),
+        (["probe", "fit", "nowhere", "x", "--to", "p.txt"], ["--to", "name.safetensors"]),
+        (["probe", "fit", "nowhere", "x", "--to", "p.safetensors"], ["MODEL", "'nowhere'", "config.json"]),
+        (["interrogate", "nowhere", "x"], ["MODEL", "'nowhere'"]),
+        (["self-report", "lessons", "nowhere", "--to", "x"], ["folder", "'nowhere'", "vgr prepare"]),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
