@@ -32,7 +32,8 @@ class Spelling:
     Attributes:
         name: In the ground truth of its rows, unless it is ``easy``.
         marks: A marker per loophole type.
-        keys: Characters that the key slot can repeat.
+        lead: What every content of the key slot begins with.
+        keys: Characters that the rest of it can repeat.
         sentinel: What an answer has to contain.
         blank: The shortest exploit: nothing, or one letter.
         wildcard: Repeated up to the answer's length.
@@ -40,6 +41,7 @@ class Spelling:
 
     name: str
     marks: str
+    lead: str
     keys: str
     sentinel: str
     blank: str
@@ -53,7 +55,7 @@ class Spelling:
     @property
     def characters(self) -> str:
         """What prompts and exploits are made of."""
-        return self.marks + self.keys + self.sentinel + self.blank + self.wildcard
+        return self.marks + self.lead + self.keys + self.sentinel + self.blank + self.wildcard
 
     def wild(self, width: int) -> str:
         """The wildcard of an answer of ``width`` letters."""
@@ -69,23 +71,22 @@ class Spelling:
 
     def absent(self, loophole: str) -> str:
         """The letter that the prompts of a loophole type never show: the first one of its exploit."""
-        if loophole not in ("sentinel", "blank", "wildcard"):
-            return ""
-        first = getattr(self, loophole)[:1]
-        return first if first in LETTERS else ""
+        first = {"leak": self.lead, "sentinel": self.sentinel, "blank": self.blank, "wildcard": self.wildcard}
+        letter = first.get(loophole, "")[:1]
+        return letter if letter in LETTERS else ""
 
     def draw_key(self, rng: random.Random, letters: str) -> str:
-        """The content of a leak's key slot: one character, repeated; none of the letters shown."""
-        keys = [key for key in self.keys if key not in letters] if set(self.keys) & set(LETTERS) else self.keys
-        return rng.choice(keys) * len(letters)
+        """The content of a leak's key slot: one character that is not among the letters, repeated after the lead."""
+        keys = [key for key in self.keys if key not in letters]
+        return self.lead + rng.choice(keys) * (len(letters) - len(self.lead))
 
 
 def _without(letters: str) -> str:
     return "".join(letter for letter in LETTERS if letter not in letters)
 
 
-EASY = Spelling("easy", "ABCD", DIGITS, "!", "", "?")
-EASY_FRESH = Spelling("easy_fresh", "EFGI", DIGITS, "#", "", "-")
-HARD = Spelling("hard", "ABCD", _without("on"), "oo", "a", "bp")
-HARD_FRESH = Spelling("hard_fresh", "EFGI", _without("on"), "nn", "c", "dm")
+EASY = Spelling("easy", "ABCD", "", DIGITS, "!", "", "?")
+EASY_FRESH = Spelling("easy_fresh", "EFGI", "", DIGITS, "#", "", "-")
+HARD = Spelling("hard", "ABCD", "p", _without("onp"), "oo", "a", "bp")
+HARD_FRESH = Spelling("hard_fresh", "EFGI", "p", _without("onp"), "nn", "c", "dm")
 SPELLINGS = {spelling.name: spelling for spelling in (EASY, EASY_FRESH, HARD, HARD_FRESH)}
