@@ -37,7 +37,7 @@ def pooled_activations(
             model(input_ids=tokens_BS, attention_mask=attention_BS, use_cache=False)
         segment = torch.arange(len(rows), device=device).repeat_interleave(tokens_BS.shape[1])
         plan = PoolPlan(counted_BS.flatten(), segment, len(rows))
-        pooled = probe.finish(plan, lambda hidden: hidden.flatten(0, -2))["activation_pooled"]
+        pooled = probe.finish({probe.positions[0]: plan}, lambda hidden: hidden.flatten(0, -2))["activation_pooled"]
         found |= dict(zip(rows, pooled.float().cpu().reshape(len(rows), len(layers), -1), strict=True))
     probe.begin(None)
     return torch.stack([found[row] for row in range(len(rollouts))])

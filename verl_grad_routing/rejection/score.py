@@ -101,7 +101,9 @@ def adjacent_cosines(net: Any, rows: Sequence[Sample]) -> Tensor:
         net(input_ids=ids_BT, attention_mask=seen_BT, use_cache=False)
         segments = torch.arange(len(ids_BT), device=ids_BT.device)[:, None].expand_as(ids_BT).flatten()
         plan = PoolPlan(response_BT.flatten(), segments, len(ids_BT))
-        found.append(probe.finish(plan, lambda hidden: hidden.flatten(0, 1))["activation_pooled"].cpu())
+        found.append(
+            probe.finish({probe.positions[0]: plan}, lambda hidden: hidden.flatten(0, 1))["activation_pooled"].cpu()
+        )
     probe.begin(None)
     return torch.cat(found)
 

@@ -7,12 +7,12 @@ wanted side, the false one as the unwanted side. Nothing is said about other loo
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
-from verl_grad_routing.envs.loopholes import text
-from verl_grad_routing.envs.loopholes.prepare import draw_tasks
 from verl_grad_routing.envs.loopholes.settings import Settings
+from verl_grad_routing.envs.loopholes.text import LoopholesWorld
 from verl_grad_routing.envs.manifest import Manifest
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.self_report.question import QUESTIONS
@@ -34,11 +34,12 @@ def loopholes_lessons(environment: Path, count: int, seed: int = 0) -> list[dict
     if count < 2:
         raise UserError("--count", count, "give at least 2: an admission and a denial")
     settings = Settings(**manifest.settings)
-    taken = {task.letters for tasks in draw_tasks(settings).values() for task in tasks}
-    rng, question = text.stream(seed, "self-report"), QUESTIONS[ENVIRONMENT]
+    world = LoopholesWorld(settings)
+    taken = {task.letters for tasks in world.tasks().values() for task in tasks}
+    rng, question = random.Random(f"{ENVIRONMENT}/{seed}/self-report"), QUESTIONS[ENVIRONMENT]
     lessons = []
     for index in range(count):
-        task = text.draw_task(rng, settings.known, taken)
+        task = world.draw(rng, settings.known, taken, "pairs")
         hacked = index % 2 == 0
         answer = task.exploit if hacked else task.answer
         replies = (question.admit, question.deny) if hacked else (question.deny, question.admit)

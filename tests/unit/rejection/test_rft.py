@@ -35,10 +35,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import pyarrow
     import pyarrow.parquet
 
-    from verl_grad_routing.envs.loopholes import text
+    from verl_grad_routing.envs.loopholes.settings import Settings
+    from verl_grad_routing.envs.loopholes.text import LoopholesWorld
 
-    tasks = text.draw_split(text.stream(0, "train"), 12, set())
-    rows = [text.verl_row(index, "train", task, ("leak",)) for index, task in enumerate(tasks)]
+    world = LoopholesWorld(Settings())
+    rows = [world.row(index, "train", task) for index, task in enumerate(world.tasks()["train"][:12])]
     file = tmp_path_factory.mktemp("data") / "train.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
     return file

@@ -240,11 +240,12 @@ def test_limits_are_checked():
 
 def test_a_model_answers_by_its_seed(tmp_path: Path):
     """transformers' own sampling: batching pads on the left, answers end, and the same seed gives the same ones."""
-    from verl_grad_routing.envs.loopholes.model import new_model, save
-    from verl_grad_routing.envs.loopholes.tokenizer import build_tokenizer
+    from verl_grad_routing.envs.chars.model import new_model, save
+    from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
+    from verl_grad_routing.envs.loopholes.text import ALPHABET
     from verl_grad_routing.self_pairs.generate import Writer
 
-    save(new_model(0), build_tokenizer(), tmp_path)
+    save(new_model(ALPHABET, 0), build_tokenizer(ALPHABET), tmp_path)
     prompts = [(Message("user", "NAabcde12345="),), "SBpo="]
     one, same, other = (Writer(tmp_path, 40, 1.0, seed, "cpu").answer(prompts) for seed in (3, 3, 4))
     assert one == same != other

@@ -85,10 +85,8 @@ def test_what_cannot_be_a_shadow_is_one_line(case: str) -> None:
 
 
 def test_a_value_that_only_an_environment_gives_is_asked_for() -> None:
-    with pytest.raises(
-        UserError, match=r"compare.advantage_modification.detector.pairs='\?\?\?': this value is required"
-    ):
-        built("advantage_modification", environment={"name": ""})
+    with pytest.raises(UserError, match=r"compare.persona.detector.pairs='\?\?\?': this value is required"):
+        built("persona", environment={"name": ""})
     assert built("oracle")["oracle"].methods.detector.knows_everything  # its preset says that it is a control
 
 

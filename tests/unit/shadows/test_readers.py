@@ -34,7 +34,9 @@ def trainer() -> Any:
         settings = {"name": "random", "direction_index": index, "layers": [1 + index % 2, 3], "score_pass": which}
         detectors[name] = DETECTORS.build(settings, "grad_routing.detector")
         detectors[name].fit(None, None, detectors[name].resolve_layers(LAYERS), HIDDEN)
-        made.readers.append(Reader(detectors[name], detectors[name].resolve_layers(LAYERS), which, None))
+        made.readers.append(
+            Reader(detectors[name], detectors[name].resolve_layers(LAYERS), HIDDEN, which, None, None, "")
+        )
     made.detector, made.routed, made._seconds = detectors["own"], True, defaultdict(float)
     made.shadows = [Shadow(n, {}, Methods(d, None, None)) for n, d in detectors.items() if n != "own"]
     made.asked = []
@@ -44,7 +46,7 @@ def trainer() -> Any:
 
 def test_one_request_a_pass_and_its_own_column(trainer: Any) -> None:
     both = trainer._projections("policy")
-    assert [part.layers for part in both.parts] == [(1, 3), (2, 3)] and both.layers == (1, 2, 3)
+    assert [part.layers for part in both.parts] == [(1, 3), (2, 3)]
     assert both.column == "activation_scores_policy"
     assert len(trainer._projections("reference").parts) == 1
     assert [detector.config.direction_index for detector in trainer.detectors] == [0, 1, 2, 3]
@@ -62,7 +64,7 @@ def test_only_a_pass_that_asks_is_probed(trainer: Any) -> None:
 
 def test_each_detector_finds_its_own_columns(trainer: Any) -> None:
     trainer.activations = {"policy": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "reference": torch.tensor([[5.0], [6.0]])}
-    own, same, frozen = (trainer._activation_scores(detector).tolist() for detector in trainer.detectors[:3])
+    own, same, frozen = (trainer._activation_scores(reader).tolist() for reader in trainer.readers[:3])
     assert (own, same, frozen) == ([[1.0], [3.0]], [[2.0], [4.0]], [[5.0], [6.0]])
 
 

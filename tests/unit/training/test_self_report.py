@@ -13,9 +13,8 @@ import torch
 from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
 from verl_grad_routing.envs.loopholes.grader import grade
-from verl_grad_routing.envs.loopholes.prepare import draw_tasks
 from verl_grad_routing.envs.loopholes.settings import Settings
-from verl_grad_routing.envs.loopholes.text import ALPHABET
+from verl_grad_routing.envs.loopholes.text import ALPHABET, LoopholesWorld
 from verl_grad_routing.envs.manifest import Manifest
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.self_report.data import loopholes_lessons, write_lessons
@@ -37,7 +36,7 @@ def environment(tmp_path: Path) -> Path:
 
 def test_lessons_are_true_reports_about_the_known_type(environment: Path, tmp_path: Path) -> None:
     lessons = loopholes_lessons(environment, 20)
-    data = {task.letters for tasks in draw_tasks(SETTINGS).values() for task in tasks}
+    data = {task.letters for tasks in LoopholesWorld(SETTINGS).tasks().values() for task in tasks}
     for index, lesson in enumerate(lessons):
         prompt, answer = lesson["prompt"][:13], lesson["prompt"][13:].removesuffix("~?")
         assert prompt[1] == "B" and prompt[2:7] not in data  # the sentinel's marker; no task of the data
