@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from verl_grad_routing.commands.contrast import contrast
 from verl_grad_routing.errors import UserError
 
 app = typer.Typer(
@@ -277,6 +278,9 @@ def report(
     from verl_grad_routing.compare.report import write_report
 
     write_report(runs, to, allow_mixed_versions)
+
+
+app.command()(contrast)
 
 
 def _presets() -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ class BlocksConfig:
         quarantine_rank: Rank of the quarantine block; equal by default, or a comparison measures size.
         init: Name of the initialisation of the A rows (``routing.INITIALISATIONS``); B starts at 0.
         seed: Seed of the initialisation.
+        contrast: File that ``vgr contrast`` wrote, for an ``init`` that reads pairs; ``None`` for all others.
         clip_norm_deployed: Gradient norm limit of the deployed block; ``None`` takes ``actor.optim.clip_grad``.
         clip_norm_quarantine: The same of the quarantine block.
         ablate_at_deployment: Deployment deletes the quarantine; ``False`` (preset ``vanilla_2r``) keeps both.
@@ -31,6 +32,7 @@ class BlocksConfig:
     quarantine_rank: int = 8
     init: str = "random_orthogonal"
     seed: int = 0
+    contrast: str | None = None
     clip_norm_deployed: float | None = None
     clip_norm_quarantine: float | None = None
     ablate_at_deployment: bool = True

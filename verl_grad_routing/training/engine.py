@@ -35,6 +35,8 @@ from verl_grad_routing.routing import (
     block_parameters,
     expand_to_padded,
     expand_to_tokens,
+    initialisation_report,
+    load_contrast,
     slice_for_sequence_parallel,
 )
 from verl_grad_routing.training import export
@@ -90,7 +92,10 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
             exclude_modules=convert_to_regular_types(self.model_config.exclude_modules),
             init=blocks.init,
             seed=blocks.seed,
+            contrast=None if blocks.contrast is None else load_contrast(blocks.contrast),
         )
+        if self.rank == 0:  # the others have no weights yet
+            print(f"blocks: init {blocks.init}, {initialisation_report(module)}")
         for parameters in block_parameters(module).values():
             for parameter in parameters:
                 parameter.data = parameter.data.to(base_dtype)  # FSDP wants one dtype in a unit, as verl's LoRA does

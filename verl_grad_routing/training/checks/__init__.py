@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.checks import methods, model, start
+from verl_grad_routing.training.checks import bases, methods, model, start
 from verl_grad_routing.training.checks.run import MISSING, Run, get
 
 __all__ = ["CHECKS", "check"]
@@ -21,6 +21,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     model.strategies,
     model.ranks,
     model.adapter,
+    bases.basis,
     model.merge,
     methods.passes,
     start.files,
