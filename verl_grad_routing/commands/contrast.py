@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,7 +52,7 @@ def make_contrast(model: Path, pairs: str, device: str | None = None) -> Contras
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = [pair_tokens(pair, tokenizer) for pair in chosen]
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    network: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     network = network.to(place)
     layers = {name: network.get_submodule(name) for name in linear_modules(model)}
     with progress("pairs", len(texts)) as advance:

@@ -22,6 +22,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     model.ranks,
     model.adapter,
     bases.basis,
+    bases.optimisation,
     model.merge,
     methods.passes,
     start.files,

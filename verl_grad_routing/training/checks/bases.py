@@ -28,3 +28,12 @@ def basis(run: Run) -> None:
     if made_on and folder.is_dir() and made_on != model_hash(folder):
         fix = f"made on another model ({origin.get('model')}) than {model}; run `vgr contrast` on this one"
         raise UserError("grad_routing.blocks.contrast", blocks.contrast, fix)
+
+
+def optimisation(run: Run) -> None:
+    """A block's own betas need an optimizer that has some."""
+    optim, optimizer = run.settings.blocks.optim, run.get("actor_rollout_ref.actor.optim.optimizer", "AdamW")
+    if run.routed and (optim.betas_deployed is not None or optim.betas_quarantine is not None):
+        from verl_grad_routing.training.block_optim import check_betas
+
+        check_betas(str(optimizer))
