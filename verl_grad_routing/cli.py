@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from verl_grad_routing.commands.bench_routing import routing
 from verl_grad_routing.commands.contrast import contrast
 from verl_grad_routing.errors import UserError
 
@@ -281,6 +282,7 @@ def report(
 
 
 app.command()(contrast)
+bench.command()(routing)
 
 
 def _presets() -> list[tuple[str, str]]:

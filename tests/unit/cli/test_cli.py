@@ -17,6 +17,7 @@ from verl_grad_routing.errors import UserError
 PRESETS = {"off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"}
 PRESETS |= {"tdga", "gradient_regularization"}
 PRESETS |= {"labels_partial", "strict", "head_start", "head_start_freeze", "pissa"}
+PRESETS |= {"corda", "scorda", "scorda_rev"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -37,7 +38,19 @@ def one_line(text: str) -> str:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for command in ("doctor", "list", "prepare", "export", "bench", "demo", "compare", "report", "warm-up", "drift"):
+    for command in (
+        "doctor",
+        "list",
+        "prepare",
+        "export",
+        "bench",
+        "demo",
+        "compare",
+        "report",
+        "warm-up",
+        "drift",
+        "contrast",
+    ):
         assert command in out
     status, out, _ = run(capsys, "bench", "--help")
     assert status == 0 and "kernel" in out and "step" in out and "grader" in out
