@@ -44,7 +44,9 @@ class TestTugOfWar:
         ones = torch.ones(2, 1, dtype=torch.float64)  # both A, a number each
         B = B.clone().requires_grad_()
         gate, update = (mask.double() for mask in block_masks([Route.ABSORB, Route.ROUTE, Route.KEEP]))
-        targets, weights = torch.tensor([2.0, 1.0, 2.0]).double(), torch.tensor([1.0, 1.0, coherence]).double()
+        targets, weights = (
+            torch.tensor(values, dtype=torch.float64) for values in ([2.0, 1.0, 2.0], [1.0, 1.0, coherence])
+        )
         y = routed_lora(ones.new_ones(3, 1), ones, B[None], gate, update, 1.0)[:, 0]
         (gradient,) = torch.autograd.grad((weights * (y - targets) ** 2).sum(), B)
         return gradient
