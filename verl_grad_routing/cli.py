@@ -43,6 +43,7 @@ class Kind(str, Enum):
     interventions = "interventions"
     environments = "environments"
     hooks = "hooks"
+    bases = "bases"
 
 
 class Format(str, Enum):
@@ -89,6 +90,7 @@ def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
         Kind.interventions: _interventions,
         Kind.environments: _environments,
         Kind.hooks: _hooks,
+        Kind.bases: _bases,
     }[kind]()
     width = max((len(name) for name, _ in rows), default=0)
     for name, text in rows:
@@ -304,8 +306,8 @@ def _with_external(registry: Mapping[str, type]) -> list[tuple[str, str]]:
     return [(name, _first_line(registry[name])) for name in sorted(registry)]
 
 
-def _first_line(cls: type) -> str:
-    return (inspect.getdoc(cls) or "").partition("\n")[0]
+def _first_line(documented: Any) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
 
 
 def _detectors() -> list[tuple[str, str]]:
@@ -332,6 +334,14 @@ def _hooks() -> list[tuple[str, str]]:
     from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
 
     return _with_external(ENGINE_HOOKS)
+
+
+def _bases() -> list[tuple[str, str]]:
+    from verl_grad_routing.registry import load_external_methods
+    from verl_grad_routing.routing import INITIALISATIONS
+
+    load_external_methods()
+    return [(name, _first_line(INITIALISATIONS[name])) for name in sorted(INITIALISATIONS)]
 
 
 def _environments() -> list[tuple[str, str]]:

@@ -79,6 +79,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         ("detectors", {"persona_act", "random", "coinflip", "constant", "labels", "oracle"}),
         ("gates", {"history_quantile", "pair_band", "otsu", "exponential_quantile", "hysteresis"}),
         ("interventions", {"route"}),
+        ("bases", {"random_orthogonal", "pissa_split", "corda", "scorda", "scorda_rev"}),
         ("environments", {"loopholes", "code_loopholes"}),
     ],
 )
