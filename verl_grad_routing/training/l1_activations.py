@@ -25,10 +25,10 @@ from verl_grad_routing.training.hooks import ENGINE_HOOKS, Blocks, EngineHook
 class L1Activations(EngineHook):
     """Adds ``weight · 1/N Σ_t Σ_layers |A_q x_t|₁`` to the loss, N the tokens of the global mini-batch that count.
 
-    On MNIST routing needs such a term (arXiv 2410.04332: with an L1 and a correlation term the decoder's errors on the two
-    groups of digits are .32 and .08, without them .32 and .32), and the Expand-Route-Ablate runs there carry
-    ``1e-4 Σ|a| / (B T)`` on the activations of the new units. Here the
-    units are the quarantine's bottleneck ``h = A_q x`` as its forward gate lets it act (0 on KEEP rollouts), at the
+    On MNIST routing needs such a term (arXiv 2410.04332: with an L1 and a correlation term the decoder's errors on the
+    two groups of digits are .32 and .08, without them .32 and .32), and the Expand-Route-Ablate runs there carry
+    ``1e-4 Σ|a| / (B T)`` on the activations of the new units. Here the units
+    are the quarantine's bottleneck ``h = A_q x`` as its forward gate lets it act (0 on KEEP rollouts), at the
     positions that predict the tokens of the loss mask; summed over ranks and layers, averaged over tokens.
 
     It is part of the loss: its gradient obeys the update masks in A_q and reaches earlier layers through x, unmasked as
