@@ -16,6 +16,8 @@ import typer
 from verl_grad_routing.commands import probe as probe_command
 from verl_grad_routing.commands import retain, tables
 from verl_grad_routing.commands import self_report as self_report_commands
+from verl_grad_routing.commands.bench_routing import routing
+from verl_grad_routing.commands.contrast import contrast
 from verl_grad_routing.commands.pairs import pairs
 from verl_grad_routing.commands.rft import rft_command
 from verl_grad_routing.errors import UserError
@@ -46,6 +48,7 @@ class Kind(str, Enum):
     interventions = "interventions"
     environments = "environments"
     hooks = "hooks"
+    bases = "bases"
 
 
 class Format(str, Enum):
@@ -92,6 +95,7 @@ def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
         Kind.interventions: _interventions,
         Kind.environments: _environments,
         Kind.hooks: _hooks,
+        Kind.bases: _bases,
     }[kind]()
     width = max((len(name) for name, _ in rows), default=0)
     for name, text in rows:
@@ -302,6 +306,8 @@ app.command("interrogate")(self_report_commands.interrogate)
 app.command("rft")(rft_command)
 app.command("retain")(retain.retain)
 app.command()(pairs)
+app.command()(contrast)
+bench.command()(routing)
 
 
 def _presets() -> list[tuple[str, str]]:
@@ -323,8 +329,8 @@ def _with_external(registry: Mapping[str, type]) -> list[tuple[str, str]]:
     return [(name, _first_line(registry[name])) for name in sorted(registry)]
 
 
-def _first_line(cls: type) -> str:
-    return (inspect.getdoc(cls) or "").partition("\n")[0]
+def _first_line(documented: Any) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
 
 
 def _detectors() -> list[tuple[str, str]]:
@@ -351,6 +357,14 @@ def _hooks() -> list[tuple[str, str]]:
     from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
 
     return _with_external(ENGINE_HOOKS)
+
+
+def _bases() -> list[tuple[str, str]]:
+    from verl_grad_routing.registry import load_external_methods
+    from verl_grad_routing.routing import INITIALISATIONS
+
+    load_external_methods()
+    return [(name, _first_line(INITIALISATIONS[name])) for name in sorted(INITIALISATIONS)]
 
 
 def _environments() -> list[tuple[str, str]]:

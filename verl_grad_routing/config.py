@@ -10,6 +10,60 @@ from verl_grad_routing.confessions.settings import ConfessionsConfig
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import build_config, load_external_methods
 
+MEANS = ("batch", "own_tokens", "own_rollouts")
+
+
+@dataclass(frozen=True)
+class BlockOptimConfig:
+    """How the blocks are optimised, where that is not as ``actor.optim`` says for both.
+
+    A block that no token of a mini-batch trains is never stepped, whatever is set here.
+
+    Attributes:
+        lr_ratio_quarantine: The quarantine's learning rate in units of the deployed block's, schedule included.
+        betas_deployed: Adam's betas of the deployed block; ``None`` takes ``actor.optim.betas``.
+        betas_quarantine: The same of the quarantine.
+        weight_decay_deployed: Decoupled weight decay; ``None`` takes ``actor.optim.weight_decay``.
+        weight_decay_quarantine: The same of the quarantine.
+        decay_to_start: Decay towards the starting weights, ``p -= lr λ (p - p₀)``, instead of towards zero.
+        clip_jointly: One norm over both blocks under ``actor.optim.clip_grad``, as in most of the literature, instead
+            of a norm for each.
+        mean_over: What a block's gradient averages over: ``batch``, the whole mini-batch (its own part's mean times
+            M / N), or its own part alone, counted in tokens (with token-mean losses) or in rollouts (with seq-mean).
+    """
+
+    lr_ratio_quarantine: float = 1.0
+    betas_deployed: tuple[float, float] | None = None
+    betas_quarantine: tuple[float, float] | None = None
+    weight_decay_deployed: float | None = None
+    weight_decay_quarantine: float | None = None
+    decay_to_start: bool = False
+    clip_jointly: bool = False
+    mean_over: str = "batch"
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.lr_ratio_quarantine) and 0 < self.lr_ratio_quarantine < float("inf")):
+            raise UserError("lr_ratio_quarantine", self.lr_ratio_quarantine, "give a positive number")
+        for block in ("deployed", "quarantine"):
+            key, betas = f"betas_{block}", getattr(self, f"betas_{block}")
+            if betas is not None:
+                if (
+                    isinstance(betas, str)
+                    or len(tuple(betas)) != 2
+                    or not all(_is_number(b) and 0 <= b < 1 for b in betas)
+                ):
+                    raise UserError(key, betas, "give two numbers in [0, 1), or null for actor.optim.betas")
+                object.__setattr__(self, key, tuple(betas))
+            key, decay = f"weight_decay_{block}", getattr(self, f"weight_decay_{block}")
+            if decay is not None and not (_is_number(decay) and decay >= 0):
+                raise UserError(key, decay, "give a number of at least 0, or null for actor.optim.weight_decay")
+        if self.mean_over not in MEANS:
+            raise UserError("mean_over", self.mean_over, f"known: {', '.join(MEANS)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
 
 @dataclass(frozen=True)
 class BlocksConfig:
@@ -21,9 +75,11 @@ class BlocksConfig:
         quarantine_rank: Rank of the quarantine block; equal by default, or a comparison measures size.
         init: Name of the initialisation of the A rows (``routing.INITIALISATIONS``); B starts at 0.
         seed: Seed of the initialisation.
+        contrast: File that ``vgr contrast`` wrote, for an ``init`` that reads pairs; ``None`` for all others.
         clip_norm_deployed: Gradient norm limit of the deployed block; ``None`` takes ``actor.optim.clip_grad``.
         clip_norm_quarantine: The same of the quarantine block.
         ablate_at_deployment: Deployment deletes the quarantine; ``False`` (preset ``vanilla_2r``) keeps both.
+        optim: See ``BlockOptimConfig``.
         hooks: Engine hooks by name, each with its settings: ``[{name: ..., ...}]``.
     """
 
@@ -32,9 +88,11 @@ class BlocksConfig:
     quarantine_rank: int = 8
     init: str = "random_orthogonal"
     seed: int = 0
+    contrast: str | None = None
     clip_norm_deployed: float | None = None
     clip_norm_quarantine: float | None = None
     ablate_at_deployment: bool = True
+    optim: BlockOptimConfig = field(default_factory=BlockOptimConfig, metadata={"config": BlockOptimConfig})
     hooks: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
@@ -46,6 +104,8 @@ class BlocksConfig:
             limit = getattr(self, key)
             if limit is not None and not limit > 0:
                 raise UserError(key, limit, "give a positive norm, or null for actor.optim.clip_grad")
+            if limit is not None and self.optim.clip_jointly:
+                raise UserError(key, limit, "blocks are clipped jointly; unset it, or set optim.clip_jointly=false")
 
     @property
     def total_rank(self) -> int:

@@ -14,7 +14,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tensordict import TensorDict
 
 from verl_grad_routing.bench.statistics import interleave, ratio_interval
 from verl_grad_routing.gates import GATES
-from verl_grad_routing.routing import DEFAULT, Route
+from verl_grad_routing.routing import DEFAULT, Route, RoutingTable
 
 ROLLOUTS, PROMPT, RESPONSE, MICRO = 128, 13, 6, 64
 LAYERS_READ = (2, 3)
@@ -36,9 +36,10 @@ class Bench:
 
     def __init__(self, folder: Path, kl: bool):
         self.kl, self.folder = kl, folder
-        self.engine = _engine(folder)
-        self.loss = _loss(kl)
-        self.batch = _batch(kl)
+        prepare(folder)
+        self.engine = build_engine(folder, BLOCKS)
+        self.loss = make_loss(kl)
+        self.batch = make_batch(kl)
         self.gate = GATES.build({"name": "history_quantile", "route": 0.75, "keep": 0.25}, "gate")
         self.directions = torch.nn.functional.normalize(torch.randn(1, len(LAYERS_READ), 128), dim=-1)
         self.routes = torch.full((ROLLOUTS,), int(Route.ABSORB))
@@ -50,7 +51,7 @@ class Bench:
     def with_hooks(self, *hooks: dict[str, Any]) -> Bench:
         """The same batch on an engine of its own that has these hooks; the same initial weights."""
         other = copy.copy(self)
-        other.engine = _engine(self.folder, hooks)
+        other.engine = build_engine(self.folder, {**BLOCKS, "hooks": list(hooks)})
         return other
 
     def infer(self, rows: TensorDict, *, bare: bool = False, **extra: Any) -> dict[str, torch.Tensor]:
@@ -66,17 +67,8 @@ class Bench:
 
     def update(self, routed: bool) -> None:
         """One ``update_actor``."""
-        from verl.utils import tensordict_utils as tu
-
-        from verl_grad_routing.training.own_gate import CURRENT
-
-        data = self.batch.copy()
-        data["route"] = self.routes if routed else torch.full_like(self.routes, int(Route.ABSORB))
-        tu.assign_non_tensor(data, routing_table=DEFAULT, micro_batch_size_per_gpu=MICRO, **COMMON)
-        tu.assign_non_tensor(data, **{CURRENT: True})
-        tu.assign_non_tensor(data, global_batch_size=ROLLOUTS, mini_batch_size=ROLLOUTS)
-        with self.engine.train_mode():
-            self.engine.train_batch(data, self.loss)
+        routes = self.routes if routed else torch.full_like(self.routes, int(Route.ABSORB))
+        update_actor(self.engine, self.batch, routes, DEFAULT, self.loss)
 
     def whole(self, routed: bool) -> None:
         """Everything of a step but generation and weight sync."""
@@ -92,29 +84,51 @@ class Bench:
         self.update(routed)
 
 
+BLOCKS = {"deployed_rank": 8, "quarantine_rank": 8}
 COMMON = {"use_remove_padding": True, "use_dynamic_bsz": False, "use_fused_kernels": False, "temperature": 1.0}
 
 
-def _engine(folder: Path, hooks: Sequence[dict[str, Any]] = ()) -> Any:
+def update_actor(engine: Any, batch: TensorDict, routes: torch.Tensor, table: RoutingTable, loss: Callable) -> None:
+    """One ``update_actor`` of the whole batch."""
+    from verl.utils import tensordict_utils as tu
+
+    from verl_grad_routing.training.own_gate import CURRENT
+
+    data = batch.copy()
+    data["route"] = routes
+    tu.assign_non_tensor(data, routing_table=table, micro_batch_size_per_gpu=MICRO, **COMMON)
+    tu.assign_non_tensor(data, **{CURRENT: True})
+    tu.assign_non_tensor(data, global_batch_size=ROLLOUTS, mini_batch_size=ROLLOUTS)
+    with engine.train_mode():
+        engine.train_batch(data, loss)
+
+
+def prepare(folder: Path) -> None:
+    """Write the model into ``folder`` and join a process group of one."""
     from transformers import LlamaForCausalLM
-    from verl.trainer.config import CheckpointConfig
     from verl.utils.distributed import initialize_global_process_group_ray
-    from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
-    from verl.workers.engine import EngineRegistry
 
     from verl_grad_routing.envs.chars.model import model_config
     from verl_grad_routing.envs.loopholes.text import ALPHABET
+
+    LlamaForCausalLM(model_config(ALPHABET)).save_pretrained(folder)
+    rendezvous = {"RANK": "0", "WORLD_SIZE": "1", "DIST_INIT_METHOD": f"file://{folder / 'rendezvous'}"}
+    os.environ.update(rendezvous)
+    initialize_global_process_group_ray(backend=None if torch.cuda.is_available() else "cpu:gloo")
+
+
+def build_engine(folder: Path, blocks: dict[str, Any]) -> Any:
+    """verl's engine with these blocks, on the model in ``folder``."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine import EngineRegistry
+
     from verl_grad_routing.training.engine import STRATEGY
     from verl_grad_routing.training.engine_config import RoutedFSDPEngineConfig
 
-    if not (folder / "config.json").exists():
-        LlamaForCausalLM(model_config(ALPHABET)).save_pretrained(folder)
-        rendezvous = {"RANK": "0", "WORLD_SIZE": "1", "DIST_INIT_METHOD": f"file://{folder / 'rendezvous'}"}
-        os.environ.update(rendezvous)
-        initialize_global_process_group_ray(backend=None if torch.cuda.is_available() else "cpu:gloo")
     config = RoutedFSDPEngineConfig(
         strategy="fsdp2",
-        blocks={"deployed_rank": 8, "quarantine_rank": 8, "hooks": list(hooks)},
+        blocks=blocks,
         use_torch_compile=False,
         mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
     )
@@ -139,7 +153,7 @@ def _engine(folder: Path, hooks: Sequence[dict[str, Any]] = ()) -> Any:
     return engine
 
 
-def _loss(kl: bool) -> Callable:
+def make_loss(kl: bool) -> Callable:
     from verl.workers.config import ActorConfig
     from verl.workers.utils.losses import ppo_loss
 
@@ -156,7 +170,7 @@ def _loss(kl: bool) -> Callable:
     return partial(ppo_loss, config=config)
 
 
-def _batch(kl: bool) -> TensorDict:
+def make_batch(kl: bool) -> TensorDict:
     def jagged(width: int, draw: Callable[[int], torch.Tensor]) -> torch.Tensor:
         return torch.nested.as_nested_tensor([draw(width) for _ in range(ROLLOUTS)], layout=torch.jagged)
 
@@ -203,7 +217,7 @@ def run_step_bench(json_path: Path | None = None, repeats: int = 30) -> dict[str
             ("step", True, bench.whole),
             ("step_without_kl", False, bench.whole),
         ):
-            bench.kl, bench.loss, bench.batch = kl, _loss(kl), _batch(kl)
+            bench.kl, bench.loss, bench.batch = kl, make_loss(kl), make_batch(kl)
             persona, vanilla = interleave(
                 lambda work=work: timed(lambda: work(True)), lambda work=work: timed(lambda: work(False)), repeats
             )

@@ -93,6 +93,7 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "FSDPEngine.train_mode": "self **kwargs",
         "FSDPEngine.get_per_tensor_param": "self layered_summon base_sync_done **kwargs",
         "FSDPEngine.disable_adapter": "self",
+        "FSDPEngine._get_packed_pad_size": "self packed_length",
         "FSDPEngine.save_checkpoint": "self local_path hdfs_path global_step max_ckpt_to_keep **kwargs",
         "FSDPEngine.load_checkpoint": "self local_path hdfs_path del_local_after_load **kwargs",
         "FSDPEngineWithLMHead.prepare_model_inputs": "self micro_batch",

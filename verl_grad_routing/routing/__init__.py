@@ -23,8 +23,10 @@ if TYPE_CHECKING:
         split_blocks,
         vllm_ranks,
     )
+    from verl_grad_routing.routing.contrast import Contrast, load_contrast, save_contrast
     from verl_grad_routing.routing.initialise import (
         INITIALISATIONS,
+        check_contrast,
         initialisation_report,
         initialise_blocks,
         register_initialisation,
@@ -47,7 +49,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "blocks": "BLOCKS DEPLOYED_ADAPTER QUARANTINE_ADAPTER block_of block_parameters check_ranks check_total_rank "
     "deployed_only join_blocks joined_lora_config split_blocks vllm_ranks",
-    "initialise": "INITIALISATIONS initialisation_report initialise_blocks register_initialisation",
+    "contrast": "Contrast load_contrast save_contrast",
+    "initialise": "INITIALISATIONS check_contrast initialisation_report initialise_blocks register_initialisation",
     "install": "RoutedLoraLinear RoutingContext add_blocks routing_context",
     "kernel": "routed_linear routed_lora",
     "routes": "ACTIVATION_MASKING DEFAULT STRICT Route RouteMasks RoutingTable block_masks expand_to_padded "
@@ -68,7 +71,11 @@ __all__ = [  # noqa: RUF022 (by module)
     "joined_lora_config",
     "split_blocks",
     "vllm_ranks",
+    "Contrast",
+    "load_contrast",
+    "save_contrast",
     "INITIALISATIONS",
+    "check_contrast",
     "initialisation_report",
     "initialise_blocks",
     "register_initialisation",

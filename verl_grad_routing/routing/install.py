@@ -26,7 +26,8 @@ from verl_grad_routing.routing.blocks import (
     check_ranks,
     joined_lora_config,
 )
-from verl_grad_routing.routing.initialise import get_initialisation, initialise_blocks
+from verl_grad_routing.routing.contrast import Contrast
+from verl_grad_routing.routing.initialise import check_contrast, initialise_blocks
 from verl_grad_routing.routing.kernel import routed_linear
 
 
@@ -145,6 +146,7 @@ def add_blocks(
     exclude_modules: str | Sequence[str] | None = None,
     init: str = "random_orthogonal",
     seed: int = 0,
+    contrast: Contrast | None = None,
     task_type: str | None = None,
     autocast_adapter_dtype: bool = True,
 ) -> tuple[PeftModel, RoutingContext]:
@@ -155,6 +157,7 @@ def add_blocks(
         target_modules: ``"all-linear"``, a regular expression, or name suffixes, as PEFT has them.
         exclude_modules: Likewise, taken out again.
         init: A name in ``INITIALISATIONS``; parameters on the meta device wait for :func:`initialise_blocks`.
+        contrast: Of the inputs of the layers, for an ``init`` that reads pairs (``corda``, ``scorda``, ``scorda_rev``).
         task_type: PEFT's; default ``CAUSAL_LM`` for models that generate, none for others.
         autocast_adapter_dtype: PEFT's: keep adapters of a half-precision model in float32.
 
@@ -165,7 +168,7 @@ def add_blocks(
         UserError: A rank below 1, a bad scaling, an unknown ``init``, or a target that is not ``nn.Linear`` (named).
     """
     check_ranks(deployed_rank, quarantine_rank)
-    get_initialisation(init)
+    check_contrast(init, contrast is not None)
     if not (math.isfinite(scaling) and scaling > 0):
         raise UserError("scaling", scaling, "give alpha / rank, a positive number")
     if task_type is None and hasattr(model, "prepare_inputs_for_generation"):
@@ -188,7 +191,7 @@ def add_blocks(
     peft_model.add_adapter(QUARANTINE_ADAPTER, quarantine, autocast_adapter_dtype=autocast_adapter_dtype)
     cast(LoraModel, peft_model.base_model).set_adapter([*BLOCKS.values()])
     context = _share_context(peft_model, scaling)
-    initialise_blocks(peft_model, init, seed)
+    initialise_blocks(peft_model, init, seed, contrast)
     return peft_model, context
 
 

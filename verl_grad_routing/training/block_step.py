@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
 
+from verl_grad_routing.training.block_optim import DecayToStart
 from verl_grad_routing.training.hooks import Blocks, EngineHook, local
 
 NAMES = ("deployed", "quarantine")
@@ -34,10 +35,12 @@ class BlockStep:
         blocks: Parameters of each block.
         clip_norms: Gradient norm limit of each block.
         hooks: Engine hooks, in order.
+        jointly: Clip by one norm over both blocks, under the larger of the two limits.
+        decay: Decay towards the start.
 
     Attributes:
         metrics: Of the last step: ``routing/mass_*``, ``routing/grad_norm/*`` (before clipping) and
-            ``routing/update_norm/*``, and what hooks report.
+            ``routing/update_norm/*``, and what hooks report; ``routing/lr/*`` where the blocks' learning rates differ.
     """
 
     def __init__(
@@ -46,28 +49,38 @@ class BlockStep:
         blocks: Blocks,
         clip_norms: Mapping[str, float],
         hooks: Sequence[EngineHook],
+        *,
+        jointly: bool = False,
+        decay: DecayToStart | None = None,
     ):
         self.optimizer, self.blocks, self.clip_norms, self.hooks = optimizer, blocks, clip_norms, hooks
+        self.jointly, self.decay = jointly, decay
         self.metrics: dict[str, float] = {}
 
     @torch.no_grad()  # hooks change parameters and gradients in place
-    def __call__(self, mass_2: Sequence[float], gradients_anew: Callable[[], None]) -> float:
+    def __call__(
+        self,
+        mass_2: Sequence[float],
+        gradients_anew: Callable[[], None],
+        factors_2: Sequence[float] = (1.0, 1.0),
+    ) -> float:
         """Clip and step. Returns the norm over both blocks.
 
         Args:
             mass_2: Tokens that train each block.
             gradients_anew: Computes the mini-batch's gradients once more, for the hooks that ask.
+            factors_2: What each block's gradient is multiplied by, before hooks and clipping.
         """
         masses = dict(zip(NAMES, mass_2, strict=True))
-        self._drop_massless(masses)
+        self._settle(masses, factors_2)
 
         def recompute() -> None:
             gradients_anew()
-            self._drop_massless(masses)
+            self._settle(masses, factors_2)
 
         for hook in self.hooks:
             hook.transform_gradients(self.blocks, recompute)
-        norms = {name: self._clip(name) for name in self.blocks}
+        norms = self._clip_jointly() if self.jointly else {name: self._clip(name) for name in self.blocks}
         total = sum(norm**2 for norm in norms.values()) ** 0.5
         updates = dict.fromkeys(self.blocks, 0.0)
         if torch.isfinite(torch.tensor(total)):
@@ -78,15 +91,30 @@ class BlockStep:
         self.metrics = {f"routing/mass_{name}": masses[name] for name in NAMES}
         self.metrics |= {f"routing/grad_norm/{name}": norm for name, norm in norms.items()}
         self.metrics |= {f"routing/update_norm/{name}": norm for name, norm in updates.items()}
+        rates = {name: group["lr"] for name, group in zip(NAMES, self.optimizer.param_groups, strict=True)}
+        if len(set(rates.values())) > 1:
+            self.metrics |= {f"routing/lr/{name}": rate for name, rate in rates.items()}
         for hook in self.hooks:
             self.metrics |= {f"routing/{hook.name}/{key}": value for key, value in hook.metrics.items()}
         return total
 
-    def _drop_massless(self, masses: Mapping[str, float]) -> None:
-        for name, parameters in self.blocks.items():
-            if masses[name] == 0:
-                for parameter in parameters:
+    def _settle(self, masses: Mapping[str, float], factors_2: Sequence[float]) -> None:
+        """No gradient at all for a block without mass, the factor for the others."""
+        for (name, parameters), factor in zip(self.blocks.items(), factors_2, strict=True):
+            for parameter in parameters:
+                if masses[name] == 0:
                     parameter.grad = None
+                elif factor != 1.0 and parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+
+    def _clip_jointly(self) -> dict[str, float]:
+        """One factor for both blocks; the norms are each block's own, before it."""
+        with_gradient = {n: [p for p in block if p.grad is not None] for n, block in self.blocks.items()}
+        norms = {n: _norm([p.grad for p in block]) if block else 0.0 for n, block in with_gradient.items()}
+        everything = [p for block in with_gradient.values() for p in block]
+        if everything:
+            fsdp2_clip_grad_norm_(everything, max_norm=max(self.clip_norms.values()))
+        return norms
 
     def _clip(self, name: str) -> float:
         parameters = [parameter for parameter in self.blocks[name] if parameter.grad is not None]
@@ -97,6 +125,9 @@ class BlockStep:
 
     def _step(self) -> dict[str, float]:
         before = {name: [p.detach().clone() for p in parameters] for name, parameters in self.blocks.items()}
+        if self.decay is not None:
+            for (name, parameters), group in zip(self.blocks.items(), self.optimizer.param_groups, strict=True):
+                self.decay(name, parameters, group["lr"])
         self.optimizer.step()
         for hook in self.hooks:
             hook.transform_update(self.blocks, {name: [local(t) for t in shards] for name, shards in before.items()})

@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch.distributed import ReduceOp
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id
 from verl.utils.py_functional import convert_to_regular_types
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
@@ -32,18 +30,20 @@ from verl_grad_routing.routing import (
     add_blocks,
     block_of,
     block_parameters,
-    expand_to_padded,
-    expand_to_tokens,
-    slice_for_sequence_parallel,
+    initialisation_report,
+    load_contrast,
 )
 from verl_grad_routing.training import export
+from verl_grad_routing.training.block_optim import DecayToStart, check_same_start, parameter_groups, start_signature
 from verl_grad_routing.training.block_step import BlockStep
 from verl_grad_routing.training.bottleneck_step import bottleneck_step, gradients_asked
 from verl_grad_routing.training.confession_loss import with_confessions
 from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
 from verl_grad_routing.training.fingerprint_step import fingerprint_step, gradient_probe
 from verl_grad_routing.training.masks import routing_table, row_masks
+from verl_grad_routing.training.mass import Mass, block_mass
 from verl_grad_routing.training.own_gate import CURRENT, with_current_log_probs
+from verl_grad_routing.training.placing import mask_beside, values_beside
 from verl_grad_routing.training.probe import ActivationProbe
 
 STRATEGY = "routed_fsdp2"
@@ -69,7 +69,8 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         self.blocks_config: BlocksConfig = build_config(BlocksConfig, settings, "grad_routing.blocks")
         self.hooks = [ENGINE_HOOKS.build(hook, "grad_routing.blocks.hooks") for hook in self.blocks_config.hooks]
         self.exported_blocks: tuple[str, ...] = tuple(BLOCKS)
-        self._mass_2 = torch.ones(2)
+        self._mass: Mass | None = None
+        self._again = False
         self._gradients_anew: Callable[[], None] | None = None
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
 
@@ -92,7 +93,10 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
             exclude_modules=convert_to_regular_types(self.model_config.exclude_modules),
             init=blocks.init,
             seed=blocks.seed,
+            contrast=None if blocks.contrast is None else load_contrast(blocks.contrast),
         )
+        if self.rank == 0:  # the others have no weights yet
+            print(f"blocks: init {blocks.init}, {initialisation_report(module)}")
         for parameters in block_parameters(module).values():
             for parameter in parameters:
                 parameter.data = parameter.data.to(base_dtype)  # FSDP wants one dtype in a unit, as verl's LoRA does
@@ -119,8 +123,8 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         from verl.workers.config.optimizer import build_optimizer
 
         blocks = block_parameters(module)
-        groups = [{"params": parameters, "block": name} for name, parameters in blocks.items()]
-        optimizer = build_optimizer(groups, self.optimizer_config)
+        optim = self.blocks_config.optim
+        optimizer = build_optimizer(parameter_groups(blocks, optim, self.optimizer_config), self.optimizer_config)
         limit = self.optimizer_config.clip_grad
         limits = {
             "deployed": self.blocks_config.clip_norm_deployed or limit,
@@ -129,40 +133,30 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         named = {name: parameter for name, parameter in module.named_parameters() if block_of(name) is not None}
         for hook in self.hooks:
             hook.bind(named)
-        self.block_step = BlockStep(optimizer, blocks, limits, self.hooks)
+            hook.attach(module)
+        decay = DecayToStart.of(blocks, optim, self.optimizer_config)
+        self.block_step = BlockStep(optimizer, blocks, limits, self.hooks, jointly=optim.clip_jointly, decay=decay)
         return optimizer
 
     # ---- masks ----
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> tuple[dict, dict]:
         model_inputs, output_args = super().prepare_model_inputs(micro_batch)
-        self._set_masks(micro_batch, model_inputs, output_args)
+        self._set_masks(micro_batch, model_inputs)
+        trains = torch.is_grad_enabled() and not self._asks_for_gradients(micro_batch)
+        for hook in self.hooks:
+            beside = partial(values_beside, self, micro_batch, model_inputs) if trains else None
+            hook.begin(micro_batch, beside, again=self._again)
         self.probe.begin(tu.get_non_tensor_data(micro_batch, "probe", default=None))
         return model_inputs, output_args
 
-    def _set_masks(self, micro_batch: TensorDict, model_inputs: dict, output_args: dict) -> None:
+    def _set_masks(self, micro_batch: TensorDict, model_inputs: dict) -> None:
         self.context.clear()
         self.context.ablated = bool(tu.get_non_tensor_data(micro_batch, "ablate_quarantine", default=False))
         masks = row_masks(micro_batch)
         if masks is None:
             return
-        self.context.set(*(self._to_tokens(mask_B2, micro_batch, model_inputs, output_args) for mask_B2 in masks))
-
-    def _to_tokens(
-        self, mask_B2: torch.Tensor, micro_batch: TensorDict, model_inputs: dict, output_args: dict
-    ) -> torch.Tensor | None:
-        """[1, T, 2] beside packed inputs, [B, S, 2] beside padded ones; ``None`` for a mask without effect."""
-        if bool((mask_B2 == 1).all()):
-            return None
-        if not tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
-            return expand_to_padded(mask_B2, model_inputs["input_ids"].shape[1])
-        mask_T2 = expand_to_tokens(mask_B2, micro_batch["input_ids"].offsets().diff())
-        static_pad = self._get_packed_pad_size(mask_T2.shape[0])
-        mask_1T2 = torch.nn.functional.pad(mask_T2, (0, 0, 0, static_pad), value=1.0).unsqueeze(0)
-        if self.use_ulysses_sp:
-            rank = self.ulysses_device_mesh["sp"].get_local_rank()
-            mask_1T2 = slice_for_sequence_parallel(mask_1T2, rank, self.ulysses_sequence_parallel_size)
-        return mask_1T2
+        self.context.set(*(mask_beside(self, micro_batch, model_inputs, mask_B2) for mask_B2 in masks))
 
     # ---- activations ----
 
@@ -172,10 +166,14 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         model_output = super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         if self.probe.active:
             model_output.update(self._probed(micro_batch, output_args))
-        asked = gradient_probe(micro_batch) or gradients_asked(micro_batch)
-        training = torch.is_grad_enabled() and asked is None
+        training = torch.is_grad_enabled() and not self._asks_for_gradients(micro_batch)
         self._live_output = model_output if self.hooks and training else None
         return model_output
+
+    @staticmethod
+    def _asks_for_gradients(micro_batch: TensorDict) -> bool:
+        """Per rollout, for a detector: the backward pass of an inference batch."""
+        return gradient_probe(micro_batch) is not None or gradients_asked(micro_batch) is not None
 
     def _probed(self, micro_batch: TensorDict, output_args: dict) -> dict[str, torch.Tensor]:
         """What the probe heard, pooled over each rollout's tokens at the positions asked for."""
@@ -204,7 +202,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
         if not forward_only:
             loss_function = with_confessions(loss_function, data, self.get_data_parallel_group())
-            self._mass_2 = self._block_mass(data)
+            self._mass = block_mass(data, self.get_data_parallel_group())
             self._gradients_anew = partial(self._recompute, data, loss_function)
         return self._pass(data, loss_function, forward_only)
 
@@ -216,19 +214,12 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
 
     def _recompute(self, data: TensorDict, loss_function: Callable) -> None:
         self.optimizer_zero_grad()
-        with torch.enable_grad():
-            self._pass(data, loss_function, forward_only=False)
-
-    def _block_mass(self, data: TensorDict) -> torch.Tensor:
-        """Tokens of the whole mini-batch that train each block, over all ranks: what decides whether it is stepped."""
-        masks = row_masks(data) if "route" in data else None
-        if masks is None:
-            raise UserError("route", None, "every row of a training batch needs a route; the trainer writes it")
-        _, update_B2 = masks
-        tokens_B = torch.stack([mask.sum() for mask in data["loss_mask"].unbind()]).to(update_B2)
-        mass_2 = (tokens_B.unsqueeze(1) * update_B2).sum(0).to(get_device_id(), torch.float64)
-        torch.distributed.all_reduce(mass_2, op=ReduceOp.SUM, group=self.get_data_parallel_group())
-        return mass_2
+        self._again = True
+        try:
+            with torch.enable_grad():
+                self._pass(data, loss_function, forward_only=False)
+        finally:
+            self._again = False
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> tuple:
         for wanted, step in ((gradient_probe, fingerprint_step), (gradients_asked, bottleneck_step)):
@@ -247,9 +238,10 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         return loss, output
 
     def optimizer_step(self) -> float:
-        assert self._gradients_anew is not None
+        assert self._gradients_anew is not None and self._mass is not None
+        factors = self._mass.factors(self.blocks_config.optim.mean_over)
         try:
-            return self.block_step(self._mass_2.tolist(), self._gradients_anew)
+            return self.block_step(self._mass.tokens_2.tolist(), self._gradients_anew, factors)
         finally:
             self._gradients_anew = None  # it holds the mini-batch
 
@@ -276,6 +268,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
             "quarantine_rank": blocks.quarantine_rank,
             "scaling": self.scaling,
             "init": blocks.init,
+            "start": start_signature(blocks),
             "ablate_at_deployment": blocks.ablate_at_deployment,
             "base_model": str(self.model_config.path),
             "target_modules": targets if isinstance(targets, str) else sorted(targets),
@@ -297,4 +290,5 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
             if saved[key] != self._layout()[key]:
                 fix = f"the checkpoint in {local_path} has {saved[key]!r}; set the same or start a new run"
                 raise UserError(f"grad_routing.blocks.{key}", self._layout()[key], fix)
+        check_same_start(saved, self.blocks_config)
         super().load_checkpoint(local_path, *args, **kwargs)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from verl_grad_routing.training import project_update, regularize_gradient  # noqa: F401  (importing registers them)
+from verl_grad_routing.training import (  # noqa: F401  (importing registers them)
+    l1_activations,
+    project_update,
+    regularize_gradient,
+)
 from verl_grad_routing.training.hooks import ENGINE_HOOKS
 
 __all__ = ["ENGINE_HOOKS"]

@@ -7,7 +7,7 @@ Gradients and parameters are DTensors: a hook works on local shards and reduces 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +43,22 @@ class EngineHook:
 
     def bind(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
         """Called once, with both blocks' parameters (DTensors) by their names in the PEFT model."""
+
+    def attach(self, model: torch.nn.Module) -> None:
+        """Called once with the adapted, sharded model, for a hook that listens to its layers."""
+
+    def begin(
+        self, micro_batch: Any, beside: Callable[[Sequence[Tensor]], Tensor] | None, *, again: bool = False
+    ) -> None:
+        """Called before every forward pass.
+
+        Args:
+            micro_batch: Its rows.
+            beside: Puts token values, one ``[length, 2]`` a row, beside the inputs as masks are: ``[1, T, 2]`` packed
+                (this rank's part of the sequence) or ``[B, S, 2]`` padded, zero where there is no token. ``None`` in a
+                pass that does not train.
+            again: A mini-batch's gradients are computed once more, see ``transform_gradients``.
+        """
 
     def extra_loss(self, engine: Any, model_output: Mapping[str, Any], micro_batch: Any) -> Tensor | None:
         """A scalar to add to the micro-batch's loss, normalised over the global mini-batch by the hook itself.

@@ -17,6 +17,7 @@ from verl_grad_routing.errors import UserError
 PRESETS = {"off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"}
 PRESETS |= {"tdga", "gradient_regularization", "confessions", "seal_broken"}
 PRESETS |= {"labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "retain_pass"}
+PRESETS |= {"corda", "scorda", "scorda_rev"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -38,7 +39,17 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0
     commands = ("doctor", "list", "prepare", "export", "bench", "demo", "compare", "report", "warm-up", "drift")
-    for command in (*commands, "pairs", "retain", "rft", "probe", "self-report", "interrogate", "scorecard"):
+    for command in (
+        *commands,
+        "contrast",
+        "pairs",
+        "retain",
+        "rft",
+        "probe",
+        "self-report",
+        "interrogate",
+        "scorecard",
+    ):
         assert command in out
     assert all(command in out for command in ("probe", "self-report", "interrogate"))
     status, out, _ = run(capsys, "bench", "--help")
@@ -68,6 +79,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         ("detectors", {"persona_act", "random", "coinflip", "constant", "labels", "oracle"}),
         ("gates", {"history_quantile", "pair_band", "otsu", "exponential_quantile", "hysteresis"}),
         ("interventions", {"route"}),
+        ("bases", {"random_orthogonal", "pissa_split", "corda", "scorda", "scorda_rev"}),
         ("environments", {"loopholes", "code_loopholes"}),
     ],
 )

@@ -54,11 +54,48 @@ def test_every_preset_passes(folder: Path, preset: str) -> None:
     check(folder, preset=preset)
 
 
+@pytest.mark.parametrize("preset", ["corda", "scorda", "scorda_rev"])
+def test_presets_that_read_a_contrast(folder: Path, preset: str) -> None:
+    """They pass with one that was made on the model, and are told apart from one of another model."""
+    from verl_grad_routing.routing import Contrast, save_contrast
+    from verl_grad_routing.subspaces.basis import model_hash
+
+    with pytest.raises(UserError, match=r"grad_routing\.blocks\.contrast=None: .* vgr contrast MODEL"):
+        check(folder, preset=preset)
+    given = f"grad_routing.blocks.contrast={folder}/contrast.safetensors"
+    for made_on, told in ((model_hash(folder / "model"), None), ("other", "made on another model")):
+        origin = {"model": "m", "model_hash": made_on}
+        save_contrast(Contrast({"layer": torch.ones(2, 3)}, origin), folder / "contrast.safetensors")
+        if told is None:
+            check(folder, given, preset=preset)
+        else:
+            with pytest.raises(UserError, match=told):
+                check(folder, given, preset=preset)
+
+
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
 BAD = {
     "fsdp1": ([f"{ACTOR}.strategy=fsdp"], f"{ACTOR}.strategy", "routed_fsdp2"),
     "stock engine": ([f"{ACTOR}.strategy=fsdp2"], f"{ACTOR}.strategy", "routed_fsdp2"),
     "zero rank": (["grad_routing.blocks.deployed_rank=0"], "grad_routing.blocks.deployed_rank", "at least 1"),
+    "unknown basis": (["grad_routing.blocks.init=corda2"], "grad_routing.blocks.init", "scorda"),
+    "basis without pairs": (["grad_routing.blocks.init=corda"], "grad_routing.blocks.contrast", "vgr contrast MODEL"),
+    "two bases": (["grad_routing.blocks.contrast=c.safetensors"], "grad_routing.blocks.contrast", "two bases"),
+    "no contrast there": (
+        ["grad_routing.blocks.init=scorda", "grad_routing.blocks.contrast=none.safetensors"],
+        "grad_routing.blocks.contrast",
+        "no such file",
+    ),
+    "betas without adam": (
+        ["grad_routing.blocks.optim.betas_quarantine=[0.9,0.99]", f"{ACTOR}.optim.optimizer=SGD"],
+        f"{ACTOR}.optim.optimizer",
+        "AdamW",
+    ),
+    "misspelt optimisation": (
+        ["+grad_routing.blocks.optim.decay_to_strat=true"],
+        "grad_routing.blocks.optim.decay_to_strat",
+        "decay_to_start",
+    ),
     "rank vllm does not take": (
         ["grad_routing.blocks.deployed_rank=9", "grad_routing.blocks.quarantine_rank=9"],
         "18",

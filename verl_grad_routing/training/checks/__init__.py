@@ -11,6 +11,7 @@ from typing import Any
 
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.training.checks import (
+    bases,
     combinations,
     confessions,
     gradients,
@@ -31,6 +32,8 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     model.strategies,
     model.ranks,
     model.adapter,
+    bases.basis,
+    bases.optimisation,
     model.merge,
     methods.passes,
     start.files,

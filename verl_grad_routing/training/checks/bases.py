@@ -1,0 +1,39 @@
+"""What the two blocks start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.training.checks.run import Run
+
+
+def basis(run: Run) -> None:
+    """A known initialisation; a contrast if and only if it reads one, made on the model that is trained."""
+    if not run.routed:
+        return
+    from verl_grad_routing.routing import check_contrast, load_contrast
+    from verl_grad_routing.subspaces.basis import model_hash
+
+    blocks = run.settings.blocks
+    try:
+        check_contrast(blocks.init, blocks.contrast is not None)
+    except UserError as error:
+        key = "grad_routing.blocks.init" if error.key == "init" else error.key
+        raise UserError(key, error.value, error.fix) from None
+    if blocks.contrast is None:
+        return
+    origin, model = load_contrast(blocks.contrast).origin, Path(str(run.get("actor_rollout_ref.model.path")))
+    made_on, folder = origin.get("model_hash", ""), model.expanduser()
+    if made_on and folder.is_dir() and made_on != model_hash(folder):
+        fix = f"made on another model ({origin.get('model')}) than {model}; run `vgr contrast` on this one"
+        raise UserError("grad_routing.blocks.contrast", blocks.contrast, fix)
+
+
+def optimisation(run: Run) -> None:
+    """A block's own betas need an optimizer that has some."""
+    optim, optimizer = run.settings.blocks.optim, run.get("actor_rollout_ref.actor.optim.optimizer", "AdamW")
+    if run.routed and (optim.betas_deployed is not None or optim.betas_quarantine is not None):
+        from verl_grad_routing.training.block_optim import check_betas
+
+        check_betas(str(optimizer))

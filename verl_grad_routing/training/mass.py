@@ -1,0 +1,51 @@
+"""What trains each block in a mini-batch: counted in tokens and in rollouts, over all ranks.
+
+Shapes: B rollouts of this rank, 2 = (deployed, quarantine).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch.distributed import ReduceOp
+from verl.utils.device import get_device_id
+
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.training.masks import row_masks
+
+
+@dataclass(frozen=True)
+class Mass:
+    """Of a mini-batch. ``all_tokens`` and ``all_rollouts`` are those that count in the loss at all."""
+
+    tokens_2: torch.Tensor
+    rollouts_2: torch.Tensor
+    all_tokens: float
+    all_rollouts: float
+
+    def factors(self, mean_over: str) -> tuple[float, float]:
+        """What turns a sum over a block's own part of the batch, divided by all of it, into a mean over that part."""
+        if mean_over == "batch":
+            return 1.0, 1.0
+        own, whole = (
+            (self.tokens_2, self.all_tokens) if mean_over == "own_tokens" else (self.rollouts_2, self.all_rollouts)
+        )
+        deployed, quarantine = (whole / count if count > 0 else 1.0 for count in own.tolist())
+        return deployed, quarantine
+
+
+def block_mass(data: TensorDict, group: Any) -> Mass:
+    """Of the mini-batch ``data``, all-reduced over ``group``. Raises ``UserError`` for a batch without routes."""
+    masks = row_masks(data) if "route" in data else None
+    if masks is None:
+        raise UserError("route", None, "every row of a training batch needs a route; the trainer writes it")
+    _, update_B2 = masks
+    tokens_B1 = torch.stack([mask.sum() for mask in data["loss_mask"].unbind()]).to(update_B2)[:, None]
+    counts_B1 = (tokens_B1 > 0).to(update_B2)
+    parts = [(tokens_B1 * update_B2).sum(0), (counts_B1 * update_B2).sum(0), tokens_B1.sum(0), counts_B1.sum(0)]
+    totals = torch.cat(parts).to(get_device_id(), torch.float64)
+    torch.distributed.all_reduce(totals, op=ReduceOp.SUM, group=group)
+    return Mass(totals[:2], totals[2:4], float(totals[4]), float(totals[5]))
