@@ -77,11 +77,13 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "EngineRegistry.register": "cls model_type backend device vendor",
     },
     "verl.workers.engine.fsdp.transformer_impl": {
+        "FSDPEngine._build_module": "self",
         "FSDPEngine._build_lora_module": "self module",
         "FSDPEngine._build_fsdp_module": "self module",
         "FSDPEngine._build_optimizer": "self module",
         "FSDPEngine.forward_backward_batch": "self data loss_function forward_only",
         "FSDPEngine.optimizer_step": "self",
+        "FSDPEngine.optimizer_zero_grad": "self",
         "FSDPEngine.get_per_tensor_param": "self layered_summon base_sync_done **kwargs",
         "FSDPEngine.disable_adapter": "self",
         "FSDPEngine.save_checkpoint": "self local_path hdfs_path global_step max_ckpt_to_keep **kwargs",

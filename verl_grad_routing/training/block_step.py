@@ -58,7 +58,7 @@ class BlockStep:
             mass_2: Tokens that train each block.
             gradients_anew: Computes the mini-batch's gradients once more, for the hooks that ask.
         """
-        masses = dict(zip(NAMES, mass_2, strict=True))
+        masses = self._masses(mass_2)
         self._drop_massless(masses)
 
         def recompute() -> None:
@@ -69,7 +69,7 @@ class BlockStep:
             hook.transform_gradients(self.blocks, recompute)
         norms = {name: self._clip(name) for name in self.blocks}
         total = sum(norm**2 for norm in norms.values()) ** 0.5
-        updates = dict.fromkeys(self.blocks, 0.0)
+        updates: dict[str, float] = dict.fromkeys(self.blocks, 0.0)
         if torch.isfinite(torch.tensor(total)):
             updates = self._step()
         else:
@@ -81,6 +81,9 @@ class BlockStep:
         for hook in self.hooks:
             self.metrics |= {f"routing/{hook.name}/{key}": value for key, value in hook.metrics.items()}
         return total
+
+    def _masses(self, mass_2: Sequence[float]) -> dict[str, float]:
+        return dict(zip(NAMES, mass_2, strict=True))
 
     def _drop_massless(self, masses: Mapping[str, float]) -> None:
         for name, parameters in self.blocks.items():

@@ -71,7 +71,7 @@ class _Dense:
 class DenseLinear(_Dense, nn.Linear):
     """``nn.Linear`` by :func:`unit_linear`."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's own name)
+    def forward(self, input: Tensor) -> Tensor:
         context, role = self.context, self.weight_role
         side: Side = "none" if role.dim is None else ("rows", "columns")[role.dim]
         units = side == "columns"
@@ -91,7 +91,7 @@ class DenseLinear(_Dense, nn.Linear):
 class DenseEmbedding(_Dense, nn.Embedding):
     """``nn.Embedding``; tokens whose mask is 0 leave their row's gradient alone."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's own name)
+    def forward(self, input: Tensor) -> Tensor:
         mask = self.context.update_of(self.weight_role)
         found = super().forward(input)
         return found if mask is None else scaled_gradient(found, mask[..., 0])

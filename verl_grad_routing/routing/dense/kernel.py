@@ -170,7 +170,7 @@ def _bias_gradient(g_TO: Tensor, mask_T2: Tensor | None, ranges: Sequence[Range]
 
 
 class _TokenWeight(torch.autograd.Function):
-    """A weight ``[d]`` seen once a token, ``[..., T, d]`` without memory; its gradient is summed over tokens by mask."""
+    """A weight ``[d]`` seen once a token, as ``[..., T, d]`` without memory; its gradient is masked token by token."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, mask_T: Tensor, middle: int) -> Tensor:
@@ -196,7 +196,7 @@ class _ScaledGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, mask_T: Tensor) -> Tensor:
         ctx.save_for_backward(mask_T)
-        return y.view_as(y)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # not a view for autograd: FSDP2 hooks a module's output
 
     @staticmethod
     @once_differentiable

@@ -102,11 +102,8 @@ class UnitsConfig:
             UserError: A number out of range or twice, heads that are no whole groups, a quarantine of nothing or of
                 all units or heads, or tied embeddings that a mask would reach.
         """
-        layers = (
-            tuple(range(shape.layers))
-            if self.layers is None
-            else numbers("layers", self.layers, shape.layers, "layers")
-        )
+        every = tuple(range(shape.layers))
+        layers = every if self.layers is None else numbers("layers", self.layers, shape.layers, "layers")
         units = numbers("mlp_units", self.mlp_units, shape.units, "MLP units")
         heads = numbers("heads", self.heads, shape.heads, "query heads")
         if not layers or not (units or heads):
@@ -126,16 +123,14 @@ def numbers(key: str, value: Any, count: int, what: str) -> tuple[int, ...]:
     """Sorted numbers below ``count`` from N, a list, or text of ranges. Raises ``UserError``."""
     if value is None:
         return ()
-    if isinstance(value, int) and not isinstance(value, bool):
+    found: list[int] | None = None
+    if type(value) is int and value >= 0:
         found = list(range(value))
-        wrong = value < 0
-    elif isinstance(value, str):
-        wrong = not _NUMBERS.match(value.replace(" ", ""))
-        found = [] if wrong else _of_text(value.replace(" ", ""))
-    else:
-        wrong = not isinstance(value, Sequence) or not all(type(entry) is int for entry in value)
-        found = [] if wrong else list(value)
-    if wrong:
+    elif isinstance(value, str) and _NUMBERS.match(value.replace(" ", "")):
+        found = _of_text(value.replace(" ", ""))
+    elif isinstance(value, list | tuple) and all(type(entry) is int for entry in value):
+        found = list(value)
+    if found is None:
         raise UserError(key, value, f'give a number (the first so many), a list, or ranges as "0-{count - 1}"')
     for number in found:
         if not 0 <= number < count:

@@ -19,7 +19,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     start.mandatory_values,
     start.trainer_mode,
     model.strategies,
-    model.ranks,
+    model.kind,
     model.adapter,
     model.merge,
     methods.passes,

@@ -48,7 +48,7 @@ def make_model(seed: int = 0) -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config).double()
     for module in list(model.modules()):
-        for name, child in module.named_children():
+        for name, _ in module.named_children():
             if name.endswith("norm"):
                 setattr(module, name, Norm())
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,8 @@
 """Worked by hand: a layer of two relu units, one of each block.
 
 The case: ``y = v_r relu(w_r x) + v_f relu(w_f x) + b`` with w = (1, 2), v = (.5, -1), b = 0, x = 1, t = 0 and the loss
-``½ (y - t)²``, so ``y = -1.5`` and ``dL/dy = -1.5``. Methods: SGTM, arXiv 2512.05648 §3; Cloud et al., 2410.04332 eq. 1.
+``½ (y - t)²``, so ``y = -1.5`` and ``dL/dy = -1.5``.
+Methods: SGTM, arXiv 2512.05648 §3; Cloud et al., arXiv 2410.04332 eq. 1.
 """
 
 from __future__ import annotations
