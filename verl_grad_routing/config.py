@@ -9,6 +9,7 @@ from typing import Any
 from verl_grad_routing.confessions.settings import ConfessionsConfig
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import build_config, load_external_methods
+from verl_grad_routing.routing.dense.units import UnitsConfig
 
 MEANS = ("batch", "own_tokens", "own_rollouts")
 
@@ -67,10 +68,13 @@ def _is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class BlocksConfig:
-    """The two blocks of adapter parameters.
+    """The two blocks of parameters.
 
     Attributes:
         enabled: Install both blocks and the routed kernel; ``False`` is stock verl (preset ``off``).
+        kind: What the blocks are made of: ``adapters``, or ``dense``, units of the base model itself.
+        units: Of ``dense``: which units are the quarantine. The others below it but the clip norms,
+            ``ablate_at_deployment`` and ``hooks`` are of ``adapters``.
         deployed_rank: Rank of the deployed block.
         quarantine_rank: Rank of the quarantine block; equal by default, or a comparison measures size.
         init: Name of the initialisation of the A rows (``routing.INITIALISATIONS``); B starts at 0.
@@ -84,6 +88,8 @@ class BlocksConfig:
     """
 
     enabled: bool = True
+    kind: str = "adapters"
+    units: UnitsConfig = field(default_factory=UnitsConfig, metadata={"config": UnitsConfig})
     deployed_rank: int = 8
     quarantine_rank: int = 8
     init: str = "random_orthogonal"
@@ -148,7 +154,7 @@ class GradRoutingConfig:
     Attributes:
         preset: Name of the preset, for tables and file names.
         control: Must be true for a detector that reads the grader's truth.
-        blocks: The adapter blocks.
+        blocks: The two blocks.
         detector: ``name`` and settings of a detector (``vgr list detectors``).
         gate: ``name`` and settings of a gate (``vgr list gates``).
         intervention: ``name`` and settings of an intervention (``vgr list interventions``).

@@ -69,10 +69,11 @@ class World:
         With ``as_initialised`` it keeps the adapters that it starts with.
         """
         deployed, quarantine = RANKS[ranks]
+        dense = (blocks or {}).get("kind") == "dense"
         model = HFModelConfig(
             path=str(self.inputs.model_dir),
             load_tokenizer=False,
-            lora_rank=deployed + quarantine,
+            lora_rank=0 if dense else deployed + quarantine,
             lora_alpha=ALPHA,
             lora={"merge": merge},
             enable_gradient_checkpointing=checkpointing,
@@ -99,7 +100,7 @@ class World:
         )
         assert isinstance(engine, RoutedFSDPEngine)
         engine.initialize()
-        if not as_initialised:
+        if not (as_initialised or dense):
             fill(engine, self.inputs.adapters[ranks] if adapters is None else adapters)
         return engine
 
@@ -215,7 +216,9 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def adapters_of(engine: Any) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in engine.module.named_parameters() if block_of(name) is not None}
+    """What trains: the adapters' parameters, or all of them where blocks are dense."""
+    dense = engine.blocks_config.kind == "dense"
+    return {name: p for name, p in engine.module.named_parameters() if dense or block_of(name) is not None}
 
 
 @torch.no_grad()

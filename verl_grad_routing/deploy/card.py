@@ -70,13 +70,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def removal(blocks: str, ablated_in_training: bool) -> str:
+_REMOVED = {
+    "adapters": (
+        "The quarantine block was deleted: only the deployed block's A and B are in these files; the quarantine's "
+        "rank is gone from them, not masked. The result equals the training model with the quarantine ablated."
+    ),
+    "dense": (
+        "The quarantine block was deleted: all weights of its units and heads are zero in these files, what leads to "
+        "them and what leads from them. The result equals the training model with the quarantine ablated."
+    ),
+}
+
+
+def removal(blocks: str, ablated_in_training: bool, kind: str = "adapters") -> str:
     """How the quarantine was removed, or why it was not, in plain words."""
     if blocks == "deployed":
-        text = (
-            "The quarantine block was deleted: only the deployed block's A and B are in these files; the quarantine's "
-            "rank is gone from them, not masked. The result equals the training model with the quarantine ablated."
-        )
+        text = _REMOVED[kind]
         if not ablated_in_training:
             text += (
                 " The run did not ask for that (`ablate_at_deployment: false`): its blocks were trained together, so "
@@ -129,8 +138,7 @@ def _build_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "base model": facts["base_model"],
         "step": facts["step"],
-        "ranks in training": f"deployed {facts['deployed_rank']}, quarantine {facts['quarantine_rank']}",
-        "scaling (alpha / rank)": facts["scaling"],
+        **facts["rows"],
         "blocks here": facts["blocks"],
         "format": f"{facts['format']}, {facts['dtype']}",
     }

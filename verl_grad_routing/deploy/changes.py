@@ -28,6 +28,8 @@ def checkpoint_basis(path: Path, rank: int) -> Basis:
     """
     checkpoint = find_checkpoint(path)
     layout = checkpoint.layout
+    if layout.kind != "adapters":
+        raise UserError("CHECKPOINT", str(path), "its blocks are no adapters; a basis is taken from adapters")
     total = layout.deployed_rank + layout.quarantine_rank
     if not 1 <= rank <= total:
         raise UserError("--rank", rank, f"the adapter of {path} has rank {total}; ask for 1 to {total} directions")

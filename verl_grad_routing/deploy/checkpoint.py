@@ -16,10 +16,10 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,7 +34,7 @@ _STEP_FOLDER = "global_step_"
 
 @dataclass(frozen=True)
 class Layout:
-    """The blocks of a checkpoint, from ``grad_routing_blocks.json``.
+    """Blocks that are adapters, from ``grad_routing_blocks.json``.
 
     Attributes:
         deployed_rank, quarantine_rank: Ranks of the blocks.
@@ -49,10 +49,66 @@ class Layout:
     ablate_at_deployment: bool
     base_model: str
 
+    kind: ClassVar[str] = "adapters"
+
     @property
     def default_blocks(self) -> str:
         """What deployment keeps: ``deployed``, or ``both`` for a run whose blocks are not told apart."""
         return "deployed" if self.ablate_at_deployment else "both"
+
+    def facts(self, blocks: str) -> dict[str, Any]:
+        """What an export of ``blocks`` says of the layout."""
+        return {
+            "deployed_rank": self.deployed_rank,
+            "quarantine_rank": self.quarantine_rank,
+            "rank": self.deployed_rank + (self.quarantine_rank if blocks == "both" else 0),
+            "scaling": self.scaling,
+        }
+
+    def rows(self) -> dict[str, Any]:
+        """The same for a model card's table."""
+        return {
+            "ranks in training": f"deployed {self.deployed_rank}, quarantine {self.quarantine_rank}",
+            "scaling (alpha / rank)": self.scaling,
+        }
+
+
+@dataclass(frozen=True)
+class DenseLayout:
+    """Blocks that are units of the base model.
+
+    Attributes:
+        units: ``layers``, ``mlp_units`` and ``heads`` of the quarantine.
+        shared: What belongs to neither block.
+        ablate_at_deployment: Deployment sets the quarantine's weights to zero.
+        base_model: The model that training started from.
+    """
+
+    units: Mapping[str, list[int]]
+    shared: list[str]
+    ablate_at_deployment: bool
+    base_model: str
+
+    kind: ClassVar[str] = "dense"
+
+    @property
+    def default_blocks(self) -> str:
+        return "deployed" if self.ablate_at_deployment else "both"
+
+    def facts(self, blocks: str) -> dict[str, Any]:
+        del blocks
+        return {"units": dict(self.units), "shared": self.shared}
+
+    def rows(self) -> dict[str, Any]:
+        return {
+            "quarantined MLP units": ", ".join(map(str, self.units["mlp_units"])) or "none",
+            "quarantined heads": ", ".join(map(str, self.units["heads"])) or "none",
+            "in layers": ", ".join(map(str, self.units["layers"])),
+            "of neither block": ", ".join(self.shared) or "nothing",
+        }
+
+
+LAYOUTS: dict[str, type[Layout] | type[DenseLayout]] = {cls.kind: cls for cls in (Layout, DenseLayout)}
 
 
 @dataclass(frozen=True)
@@ -67,7 +123,7 @@ class Checkpoint:
 
     actor: Path
     step: int | None
-    layout: Layout
+    layout: Any  # of a class in LAYOUTS
 
     @property
     def folder(self) -> Path:
@@ -110,10 +166,14 @@ def find_checkpoint(path: Path) -> Checkpoint:
         )
         raise UserError("CHECKPOINT", str(path), fix)
     saved = read_json(actor / LAYOUT_FILE)
-    missing = [key for key in Layout.__dataclass_fields__ if key not in saved]
+    cls = LAYOUTS.get(saved.get("kind", Layout.kind))
+    if cls is None:
+        raise UserError(f"{actor / LAYOUT_FILE}:kind", saved["kind"], f"known: {', '.join(LAYOUTS)}")
+    keys = [field.name for field in fields(cls)]
+    missing = [key for key in keys if key not in saved]
     if missing:
         raise UserError(f"{actor / LAYOUT_FILE}:{missing[0]}", None, "missing: a checkpoint of another layout")
-    layout = Layout(**{key: saved[key] for key in Layout.__dataclass_fields__})
+    layout = cls(**{key: saved[key] for key in keys})
     number = actor.parent.name.removeprefix(_STEP_FOLDER)
     return Checkpoint(actor, int(number) if number.isdecimal() else None, layout)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from verl_grad_routing.deploy import dense
 from verl_grad_routing.deploy.artefact import copy_tokenizer, load_adapted, merge, write_adapter, write_model
 from verl_grad_routing.deploy.card import method_facts, removal, render, versions
 from verl_grad_routing.deploy.checkpoint import Checkpoint, find_checkpoint, read_json
@@ -68,7 +69,7 @@ class _Plan:
 class _Trained:
     """The training model, measured: logits as it is to be exported, and what is needed to write it."""
 
-    adapters: dict[str, Tensor]
+    weights: dict[str, Tensor]
     targets: list[str]
     probes: list[Tensor]
     logits: list[Tensor]
@@ -94,7 +95,8 @@ def export(
     Args:
         checkpoint: ``.../global_step_N``, its ``actor`` folder, or the folder of all steps (then the latest).
         to: New or empty folder, or one that an earlier export wrote (with ``force``).
-        format: ``peft``: an adapter folder, float32. ``hf``: a merged model in the base model's dtype.
+        format: ``peft``: an adapter folder, float32. ``hf``: a merged model in the base model's dtype; the one format
+            of dense blocks.
         blocks: ``deployed``: the deployed block alone. ``both``: as trained. ``None``: as the run's
             ``ablate_at_deployment`` says.
         base_model: Folder or hub name of the base model; by default the one that the checkpoint names.
@@ -109,15 +111,19 @@ def export(
     _check_choice("blocks", blocks, (None, *BLOCKS))
     _check_destination(to, force)
     source = find_checkpoint(checkpoint)
-    blocks = blocks or source.layout.default_blocks
+    blocks = str(blocks or source.layout.default_blocks)
     rates = read_rates(run, source.step, source.layout.ablate_at_deployment) if run is not None else {}
     base = recorded_name(base_model or source.layout.base_model)
+    kind = source.layout.kind
+    if (kind, format) not in _WRITERS:
+        fix = f"blocks of the kind {kind!r} are exported as {' or '.join(f for k, f in _WRITERS if k == kind)}"
+        raise UserError("format", format, fix)
     dtype = saved_dtype(base) if format == "hf" else torch.float32
     plan = _Plan(source, format, blocks, base, dtype, max_difference)
-    trained = _measure(plan)
+    trained = _MEASURES[kind](plan)
     print("\n".join(trained.checks))
     with replacing(to) as folder:
-        difference = _WRITERS[format](folder, plan, trained)
+        difference = _WRITERS[kind, format](folder, plan, trained)
         print(difference)
         if not copy_tokenizer(source.actor, folder):
             print(f"no tokenizer in {source.actor / 'huggingface'}: take the base model's")
@@ -184,14 +190,14 @@ def _effect_check(effect: float, limit: float, empty: bool) -> str:
 
 
 def _write_adapter(folder: Path, plan: _Plan, trained: _Trained) -> Difference:
-    write_adapter(folder, trained.adapters, plan.source.layout, plan.blocks, plan.base, trained.targets)
+    write_adapter(folder, trained.weights, plan.source.layout, plan.blocks, plan.base, trained.targets)
     adapted = load_adapted(plan.base, folder)
     return compare(trained.logits, logits_on(adapted, trained.probes), plan.dtype, plan.max_difference)
 
 
 def _write_merged(folder: Path, plan: _Plan, trained: _Trained) -> Difference:
     with tempfile.TemporaryDirectory() as scratch:
-        write_adapter(Path(scratch), trained.adapters, plan.source.layout, plan.blocks, plan.base, trained.targets)
+        write_adapter(Path(scratch), trained.weights, plan.source.layout, plan.blocks, plan.base, trained.targets)
         merged = merge(load_adapted(plan.base, Path(scratch)))
     if plan.dtype != torch.float32:
         exact = compare(trained.logits, logits_on(merged, trained.probes))
@@ -201,7 +207,28 @@ def _write_merged(folder: Path, plan: _Plan, trained: _Trained) -> Difference:
     return compare(trained.logits, logits_on(written, trained.probes), plan.dtype, plan.max_difference)
 
 
-_WRITERS = {"peft": _write_adapter, "hf": _write_merged}
+def _measure_dense(plan: _Plan) -> _Trained:
+    trained = dense.measure(plan.source, plan.base)
+    effect = largest_difference(trained.logits["deployed"], trained.logits["both"])
+    checks = [
+        f"all {len(trained.weights)} weights are the checkpoint's; architecture and configuration are the base model's",
+        _effect_check(effect, limit_for(torch.float32, trained.logits["both"]), effect == 0),
+    ]
+    return _Trained(trained.weights, [], trained.probes, trained.logits[plan.blocks], effect, checks)
+
+
+def _write_dense(folder: Path, plan: _Plan, trained: _Trained) -> Difference:
+    model = dense.plain_model(plan.source, plan.base, trained.weights, ablate=plan.blocks == "deployed")
+    written = write_model(folder, model, plan.dtype)  # type: ignore[arg-type]
+    return compare(trained.logits, logits_on(written, trained.probes), plan.dtype, plan.max_difference)
+
+
+_MEASURES = {"adapters": _measure, "dense": _measure_dense}
+_WRITERS = {
+    ("adapters", "peft"): _write_adapter,
+    ("adapters", "hf"): _write_merged,
+    ("dense", "hf"): _write_dense,
+}
 
 
 def _facts(plan: _Plan, trained: _Trained, difference: Difference) -> dict[str, Any]:
@@ -212,12 +239,10 @@ def _facts(plan: _Plan, trained: _Trained, difference: Difference) -> dict[str, 
         "dtype": dtype_name(plan.dtype),
         "step": plan.source.step,
         "base_model": plan.base,
-        "deployed_rank": layout.deployed_rank,
-        "quarantine_rank": layout.quarantine_rank,
-        "rank": layout.deployed_rank + (layout.quarantine_rank if plan.blocks == "both" else 0),
-        "scaling": layout.scaling,
+        **layout.facts(plan.blocks),
+        "rows": layout.rows(),
         "method": method_facts(plan.source),
-        "quarantine": removal(plan.blocks, layout.ablate_at_deployment),
+        "quarantine": removal(plan.blocks, layout.ablate_at_deployment, layout.kind),
         "max_difference": difference.maximum,
         "limit": difference.limit,
         "quarantine_effect": trained.quarantine_effect,

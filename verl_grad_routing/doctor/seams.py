@@ -84,6 +84,7 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "EngineRegistry.register": "cls model_type backend device vendor",
     },
     "verl.workers.engine.fsdp.transformer_impl": {
+        "FSDPEngine._build_module": "self",
         "FSDPEngine._build_lora_module": "self module",
         "FSDPEngine._build_fsdp_module": "self module",
         "FSDPEngine._build_optimizer": "self module",

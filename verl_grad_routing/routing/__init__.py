@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         Route,
         RouteMasks,
         RoutingTable,
+        activation_gradients,
         block_masks,
         expand_to_padded,
         expand_to_tokens,
@@ -53,8 +54,8 @@ _MODULES = {
     "initialise": "INITIALISATIONS check_contrast initialisation_report initialise_blocks register_initialisation",
     "install": "RoutedLoraLinear RoutingContext add_blocks routing_context",
     "kernel": "routed_linear routed_lora",
-    "routes": "ACTIVATION_MASKING DEFAULT STRICT Route RouteMasks RoutingTable block_masks expand_to_padded "
-    "expand_to_tokens slice_for_sequence_parallel",
+    "routes": "ACTIVATION_MASKING DEFAULT STRICT Route RouteMasks RoutingTable activation_gradients block_masks "
+    "expand_to_padded expand_to_tokens slice_for_sequence_parallel",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
@@ -91,6 +92,7 @@ __all__ = [  # noqa: RUF022 (by module)
     "Route",
     "RouteMasks",
     "RoutingTable",
+    "activation_gradients",
     "block_masks",
     "expand_to_padded",
     "expand_to_tokens",

@@ -41,6 +41,9 @@ class Route(IntEnum):
 class RouteMasks:
     """Forward gate and update mask of one route, each (deployed, quarantine) with values in [0, 1].
 
+    ``activation_gradient`` holds factors on the gradient of the blocks' unit outputs, any number up to 1, negative ones
+    too: Cloud's alpha (arXiv 2410.04332 eq. 1). Blocks of dedicated units have such outputs, adapters have none.
+
     Raises:
         UserError: A value outside [0, 1], not a pair, or an update of a block that the gate switches off (its gradient
             is zero, so the block would have mass without a signal and Adam's momentum alone would move it).
@@ -48,8 +51,13 @@ class RouteMasks:
 
     forward_gate: tuple[float, float]
     update_mask: tuple[float, float]
+    activation_gradient: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
+        alphas = tuple(float(value) for value in self.activation_gradient)
+        if len(alphas) != 2 or not all(math.isfinite(value) and value <= 1.0 for value in alphas):
+            raise UserError("activation_gradient", alphas, "give two numbers of at most 1: (deployed, quarantine)")
+        object.__setattr__(self, "activation_gradient", alphas)
         for name in ("forward_gate", "update_mask"):
             pair = tuple(float(value) for value in getattr(self, name))
             if len(pair) != 2 or not all(0.0 <= value <= 1.0 for value in pair):
@@ -90,6 +98,11 @@ class RoutingTable:
         gate_32 = torch.tensor([row.forward_gate for row in rows], dtype=torch.float32, device=device)
         update_32 = torch.tensor([row.update_mask for row in rows], dtype=torch.float32, device=device)
         return gate_32, update_32
+
+    @property
+    def weighs_activations(self) -> bool:
+        """Whether some route's activation gradients are not as they are."""
+        return any(self.masks(route).activation_gradient != (1.0, 1.0) for route in Route)
 
 
 DEFAULT = RoutingTable()
@@ -144,6 +157,13 @@ def block_masks(
     if wrong.numel():
         raise UserError("weight", float(wrong[0]), "give weights in [0, 1]")
     return gate_B2, update_B2 * weights[:, None]
+
+
+def activation_gradients(routes_B: Tensor | Sequence[int], table: RoutingTable) -> Float[Tensor, "B 2"]:
+    """Factors on the gradient of unit outputs of every rollout, float32, columns (deployed, quarantine)."""
+    routes = _as_routes(routes_B)
+    rows = [table.masks(route).activation_gradient for route in Route]
+    return torch.tensor(rows, dtype=torch.float32, device=routes.device)[routes]
 
 
 def expand_to_tokens(masks_B2: Float[Tensor, "B 2"], lengths_B: Tensor | Sequence[int]) -> Float[Tensor, "T 2"]:

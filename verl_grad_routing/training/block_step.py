@@ -71,7 +71,7 @@ class BlockStep:
             gradients_anew: Computes the mini-batch's gradients once more, for the hooks that ask.
             factors_2: What each block's gradient is multiplied by, before hooks and clipping.
         """
-        masses = dict(zip(NAMES, mass_2, strict=True))
+        masses = self._masses(mass_2)
         self._settle(masses, factors_2)
 
         def recompute() -> None:
@@ -82,7 +82,7 @@ class BlockStep:
             hook.transform_gradients(self.blocks, recompute)
         norms = self._clip_jointly() if self.jointly else {name: self._clip(name) for name in self.blocks}
         total = sum(norm**2 for norm in norms.values()) ** 0.5
-        updates = dict.fromkeys(self.blocks, 0.0)
+        updates: dict[str, float] = dict.fromkeys(self.blocks, 0.0)
         if torch.isfinite(torch.tensor(total)):
             updates = self._step()
         else:
@@ -98,9 +98,14 @@ class BlockStep:
             self.metrics |= {f"routing/{hook.name}/{key}": value for key, value in hook.metrics.items()}
         return total
 
+    def _masses(self, mass_2: Sequence[float]) -> dict[str, float]:
+        return dict(zip(NAMES, mass_2, strict=True))
+
     def _settle(self, masses: Mapping[str, float], factors_2: Sequence[float]) -> None:
         """No gradient at all for a block without mass, the factor for the others."""
-        for (name, parameters), factor in zip(self.blocks.items(), factors_2, strict=True):
+        factors = dict(zip(NAMES, factors_2, strict=True))
+        for name, parameters in self.blocks.items():
+            factor = factors.get(name, 1.0)
             for parameter in parameters:
                 if masses[name] == 0:
                     parameter.grad = None

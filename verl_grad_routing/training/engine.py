@@ -1,4 +1,4 @@
-"""The engine that executes masks: verl's FSDP2 engine with two adapter blocks and no knowledge of any method.
+"""The engine that executes masks: verl's FSDP2 engine with two blocks and no knowledge of any method.
 
 Shapes: B rollouts of a micro-batch, T its packed tokens (after sequence-parallel slicing), S the padded length.
 """
@@ -19,7 +19,7 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.py_functional import convert_to_regular_types
 from verl.workers.engine.base import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_grad_routing.config import BlocksConfig
 from verl_grad_routing.directions import PoolPlan, position_mask
@@ -27,15 +27,10 @@ from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import build_config, load_external_methods
 from verl_grad_routing.routing import (
     BLOCKS,
-    add_blocks,
-    block_of,
-    block_parameters,
-    initialisation_report,
-    load_contrast,
+    RoutingContext,
 )
-from verl_grad_routing.training import export
-from verl_grad_routing.training.block_optim import DecayToStart, check_same_start, parameter_groups, start_signature
-from verl_grad_routing.training.block_step import BlockStep
+from verl_grad_routing.training import reference_cpu  # noqa: F401  (verl's own engines on machines without accelerator)
+from verl_grad_routing.training.block_kinds import BLOCK_KINDS, BlockKind
 from verl_grad_routing.training.bottleneck_step import bottleneck_step, gradients_asked
 from verl_grad_routing.training.confession_loss import with_confessions
 from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
@@ -49,14 +44,10 @@ from verl_grad_routing.training.probe import ActivationProbe
 STRATEGY = "routed_fsdp2"
 LAYOUT_FILE = "grad_routing_blocks.json"
 
-# verl's own engines, for the presets without blocks, on machines without an accelerator.
-EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")(FSDPEngineWithLMHead)
-EngineRegistry.register(model_type="value_model", backend="fsdp2", device="cpu")(FSDPEngineWithValueHead)
-
 
 @EngineRegistry.register(model_type="language_model", backend=STRATEGY, device=["cuda", "npu", "cpu"])
 class RoutedFSDPEngine(FSDPEngineWithLMHead):
-    """verl's language-model engine whose adapter is two blocks.
+    """verl's language-model engine whose trained parameters are two blocks, of the kind ``blocks.kind``.
 
     A batch that trains carries ``route`` (B,) and the non-tensor ``routing_table``; the engine turns both into token
     masks beside the packed inputs. Inference batches may carry them too (for KEEP's forward gate), ask for activations
@@ -67,6 +58,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         load_external_methods()
         settings = convert_to_regular_types(engine_config.blocks)
         self.blocks_config: BlocksConfig = build_config(BlocksConfig, settings, "grad_routing.blocks")
+        self.kind: BlockKind = BLOCK_KINDS[self.blocks_config.kind](self.blocks_config)
         self.hooks = [ENGINE_HOOKS.build(hook, "grad_routing.blocks.hooks") for hook in self.blocks_config.hooks]
         self.exported_blocks: tuple[str, ...] = tuple(BLOCKS)
         self._mass: Mass | None = None
@@ -81,26 +73,16 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         """alpha / r of the joined adapter, the same for both blocks."""
         return self.model_config.lora_alpha / self.blocks_config.total_rank
 
+    @property
+    def context(self) -> RoutingContext:
+        """The masks of the tokens in flight."""
+        return self.kind.context
+
+    def _build_module(self) -> torch.nn.Module:
+        return self.kind.prepare(super()._build_module(), self.model_config)
+
     def _build_lora_module(self, module: torch.nn.Module) -> torch.nn.Module:
-        blocks = self.blocks_config
-        base_dtype = next(module.parameters()).dtype
-        module, self.context = add_blocks(
-            module,
-            deployed_rank=blocks.deployed_rank,
-            quarantine_rank=blocks.quarantine_rank,
-            scaling=self.scaling,
-            target_modules=convert_to_regular_types(self.model_config.target_modules),
-            exclude_modules=convert_to_regular_types(self.model_config.exclude_modules),
-            init=blocks.init,
-            seed=blocks.seed,
-            contrast=None if blocks.contrast is None else load_contrast(blocks.contrast),
-        )
-        if self.rank == 0:  # the others have no weights yet
-            print(f"blocks: init {blocks.init}, {initialisation_report(module)}")
-        for parameters in block_parameters(module).values():
-            for parameter in parameters:
-                parameter.data = parameter.data.to(base_dtype)  # FSDP wants one dtype in a unit, as verl's LoRA does
-        return module
+        return self.kind.add_adapters(module, self.model_config)
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
         with self._as_fsdp2():
@@ -122,21 +104,9 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
     def _build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
         from verl.workers.config.optimizer import build_optimizer
 
-        blocks = block_parameters(module)
-        optim = self.blocks_config.optim
-        optimizer = build_optimizer(parameter_groups(blocks, optim, self.optimizer_config), self.optimizer_config)
-        limit = self.optimizer_config.clip_grad
-        limits = {
-            "deployed": self.blocks_config.clip_norm_deployed or limit,
-            "quarantine": self.blocks_config.clip_norm_quarantine or limit,
-        }
-        named = {name: parameter for name, parameter in module.named_parameters() if block_of(name) is not None}
-        for hook in self.hooks:
-            hook.bind(named)
-            hook.attach(module)
-        decay = DecayToStart.of(blocks, optim, self.optimizer_config)
-        self.block_step = BlockStep(optimizer, blocks, limits, self.hooks, jointly=optim.clip_jointly, decay=decay)
-        return optimizer
+        build = partial(build_optimizer, config=self.optimizer_config)
+        self.block_step = self.kind.build_step(module, build, self.hooks, self.optimizer_config)
+        return self.block_step.optimizer
 
     # ---- masks ----
 
@@ -156,7 +126,8 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
         masks = row_masks(micro_batch)
         if masks is None:
             return
-        self.context.set(*(mask_beside(self, micro_batch, model_inputs, mask_B2) for mask_B2 in masks))
+        to_tokens = partial(mask_beside, self, micro_batch, model_inputs)
+        self.kind.set_masks(micro_batch, masks, to_tokens)
 
     # ---- activations ----
 
@@ -237,6 +208,10 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
                     output["metrics"][f"routing/extra_loss/{hook.name}"] = extra.detach().item()
         return loss, output
 
+    def optimizer_zero_grad(self) -> None:
+        super().optimizer_zero_grad()
+        self.module.zero_grad()  # what the optimizer holds may be views of the parameters
+
     def optimizer_step(self) -> float:
         assert self._gradients_anew is not None and self._mass is not None
         factors = self._mass.factors(self.blocks_config.optim.mean_over)
@@ -255,30 +230,14 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
     # ---- weights out, weights in ----
 
     def get_per_tensor_param(self, layered_summon: bool = False, base_sync_done: bool = False, **kwargs: Any) -> tuple:
-        if self.model_config.lora.get("merge", False):
-            return export.merged(self, super().get_per_tensor_param), None
-        if not base_sync_done:
-            return super().get_per_tensor_param(layered_summon=layered_summon, base_sync_done=False, **kwargs)
-        return export.adapter(self)
-
-    def _layout(self) -> dict[str, Any]:
-        blocks, targets = self.blocks_config, self.module.peft_config["default"].target_modules
-        return {
-            "deployed_rank": blocks.deployed_rank,
-            "quarantine_rank": blocks.quarantine_rank,
-            "scaling": self.scaling,
-            "init": blocks.init,
-            "start": start_signature(blocks),
-            "ablate_at_deployment": blocks.ablate_at_deployment,
-            "base_model": str(self.model_config.path),
-            "target_modules": targets if isinstance(targets, str) else sorted(targets),
-        }
+        options = {"layered_summon": layered_summon, "base_sync_done": base_sync_done, **kwargs}
+        return self.kind.weights(self, super().get_per_tensor_param, **options)
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(local_path, *args, **kwargs)
         if self.rank == 0:
             with open(os.path.join(local_path, LAYOUT_FILE), "w") as file:
-                json.dump(self._layout(), file, indent=2)
+                json.dump(self.kind.layout(self), file, indent=2)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         path = os.path.join(local_path, LAYOUT_FILE)
@@ -286,9 +245,10 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
             raise UserError("trainer.resume_from_path", local_path, f"no {LAYOUT_FILE} there: written without blocks")
         with open(path) as file:
             saved = json.load(file)
-        for key in ("deployed_rank", "quarantine_rank", "scaling", "target_modules"):
-            if saved[key] != self._layout()[key]:
-                fix = f"the checkpoint in {local_path} has {saved[key]!r}; set the same or start a new run"
-                raise UserError(f"grad_routing.blocks.{key}", self._layout()[key], fix)
-        check_same_start(saved, self.blocks_config)
+        own = self.kind.layout(self)
+        for key in self.kind.layout_keys:
+            if saved.get(key) != own[key]:
+                fix = f"the checkpoint in {local_path} has {saved.get(key)!r}; set the same or start a new run"
+                raise UserError(f"grad_routing.blocks.{key}", own[key], fix)
+        self.kind.check_resumable(saved)
         super().load_checkpoint(local_path, *args, **kwargs)

@@ -18,13 +18,21 @@ PAIRS = [
     {"id": "one", "prompt": "2+2=", "unwanted": "5", "wanted": "4"},
     {"id": "two", "prompt": "3+3=", "unwanted": "7", "wanted": "6"},
 ]
+MODEL_CONFIG = {
+    "num_hidden_layers": 4,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": True,
+}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """What the checks look for on disk: a model's configuration, data, pairs."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps({"num_hidden_layers": 4}))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL_CONFIG))
     for name in ("train.parquet", "val.parquet"):
         (tmp_path / name).touch()
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in PAIRS))
@@ -46,7 +54,7 @@ FIRST = ["off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle
 LATER = ["labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "gradient_regularization"]
 LATER += ["advantage_modification", "monitor_penalty", "screen", "inoculation"]
 LATER += ["grift_mask", "grift_filter", "confessions", "seal_broken"]
-LATER += ["retain_pass"]
+LATER += ["retain_pass", "sgtm", "cloud"]
 
 
 @pytest.mark.parametrize("preset", [*FIRST, *LATER])
@@ -172,11 +180,61 @@ def test_bad_shares_of_rollouts_without_the_quarantine(folder: Path, name: str) 
     assert key in message and fix in message and "\n" not in message
 
 
+UNITS = "grad_routing.blocks.units"
+BAD_DENSE = {
+    "heads of half a group": ([f"{UNITS}.heads=[0]"], {"num_key_value_heads": 2}, f"{UNITS}.heads", "heads 0-1"),
+    "groups do not divide": ([], {"num_attention_heads": 6}, f"{UNITS}.heads", "do not divide"),
+    "unit out of range": ([f"{UNITS}.mlp_units='380-384'"], {}, f"{UNITS}.mlp_units", "MLP units 0 to 383"),
+    "layer out of range": ([f"{UNITS}.layers=[4]"], {}, f"{UNITS}.layers", "layers 0 to 3"),
+    "unit twice": ([f"{UNITS}.mlp_units='3,1-4'"], {}, f"{UNITS}.mlp_units", "twice"),
+    "no numbers": ([f"{UNITS}.mlp_units=half"], {}, f"{UNITS}.mlp_units", "0-383"),
+    "nothing": ([f"{UNITS}.mlp_units=null", f"{UNITS}.heads=0"], {}, f"{UNITS}.mlp_units", "empty"),
+    "everything": ([f"{UNITS}.mlp_units=384"], {}, f"{UNITS}.mlp_units", "all 384"),
+    "all heads": ([f"{UNITS}.heads=4"], {}, f"{UNITS}.heads", "all 4"),
+    "tied embeddings": ([f"{UNITS}.shared=[norms]"], {}, f"{UNITS}.shared", "embeddings and head"),
+    "unknown shared": ([f"{UNITS}.shared=[norm]"], {}, f"{UNITS}.shared", "norms"),
+    "an adapter too": ([f"{MODEL}.lora_rank=16"], {}, f"{MODEL}.lora_rank", "set 0"),
+    "liger": ([f"{MODEL}.use_liger=true"], {}, f"{MODEL}.use_liger", "false"),
+    "unknown kind": (["grad_routing.blocks.kind=denser"], {}, "grad_routing.blocks.kind", "dense"),
+    "unknown variant": (["grad_routing.intervention.variant=x"], {}, "intervention.variant", "parameter_masking"),
+    "swapped": (["grad_routing.validate_swapped=true"], {}, "grad_routing.validate_swapped", "false"),
+    "hooks": (
+        ["grad_routing.blocks.hooks=[{name: regularize_gradient}]"],
+        {},
+        "grad_routing.blocks.hooks",
+        "adapters",
+    ),
+    "not a decoder of this kind": ([], {"intermediate_size": None}, "intermediate_size", "dense blocks need it"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DENSE)
+def test_bad_input_of_dense_blocks(folder: Path, name: str) -> None:
+    overrides, model, key, fix = BAD_DENSE[name]
+    (folder / "model" / "config.json").write_text(json.dumps({**MODEL_CONFIG, **model}))
+    with pytest.raises(UserError) as caught:
+        check(folder, *overrides, preset="sgtm")
+    message = str(caught.value)
+    assert key in message and fix in message and "\n" not in message
+
+
 @pytest.mark.parametrize(
     "overrides", [[], [APART], [APART, f"{OFF}_advantages=together", f"{OFF}_share=0.125"]], ids=str
 )
 def test_a_share_of_rollouts_without_the_quarantine(folder: Path, overrides: list[str]) -> None:
     check(folder, f"{OFF}_share=0.25", *overrides)
+
+
+@pytest.mark.parametrize("alpha", ["1.5", "nan", "half", "inf"])
+def test_alpha_out_of_form(folder: Path, alpha: str) -> None:
+    with pytest.raises(UserError, match=r"grad_routing.intervention.alpha.*at most 1"):
+        check(folder, f"grad_routing.intervention.alpha={alpha}", preset="cloud")
+
+
+def test_adapters_have_no_activations_to_weigh(folder: Path) -> None:
+    overrides = ["~grad_routing.intervention", "+grad_routing.intervention={name: cloud}"]
+    with pytest.raises(UserError, match=r"intervention.name='cloud'.*kind=dense"):
+        check(folder, *overrides)
 
 
 SMALL = ["data.train_batch_size=2", f"{ACTOR}.ppo_mini_batch_size=2"]

@@ -30,7 +30,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     start.mandatory_values,
     start.trainer_mode,
     model.strategies,
-    model.ranks,
+    model.kind,
     model.adapter,
     bases.basis,
     bases.optimisation,

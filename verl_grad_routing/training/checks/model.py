@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from verl_grad_routing.errors import UserError
+from verl_grad_routing.registry import nearest
 from verl_grad_routing.training.checks.run import Run
 
 
@@ -15,18 +16,16 @@ def strategies(run: Run) -> None:
             raise UserError(key, strategy, f"set {right}: routing needs FSDP2")
 
 
-def ranks(run: Run) -> None:
-    from verl_grad_routing.routing import check_ranks, check_total_rank
+def kind(run: Run) -> None:
+    """What the blocks' own kind refuses."""
+    from verl_grad_routing.training.block_kinds import BLOCK_KINDS
 
     if not run.routed:
         return
-    blocks = run.settings.blocks
-    check_ranks(blocks.deployed_rank, blocks.quarantine_rank)
-    total = run.get("actor_rollout_ref.model.lora_rank")
-    if total != blocks.total_rank:
-        fix = f"must be the sum of both blocks' ranks, {blocks.total_rank}; leave it to the preset"
-        raise UserError("actor_rollout_ref.model.lora_rank", total, fix)
-    check_total_rank(blocks.total_rank)
+    name = run.settings.blocks.kind
+    if name not in BLOCK_KINDS:
+        raise UserError("grad_routing.blocks.kind", name, nearest(str(name), list(BLOCK_KINDS)))
+    BLOCK_KINDS[name].check(run)
 
 
 def adapter(run: Run) -> None:

@@ -1,0 +1,153 @@
+"""Both blocks inside a plain Hugging Face decoder: the same modules, names and parameters, another forward.
+
+Every module that owns parameters gets a class of ours in place of its own. Its parameters stay the very same objects
+under the very same names, so checkpoints, weight tying, sharding and rollout engines see an ordinary model.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.routing.dense.kernel import Side, scaled_gradient, token_weight, unit_linear
+from verl_grad_routing.routing.dense.units import DenseBlocks, Role
+from verl_grad_routing.routing.install import RoutingContext
+
+_FUSED_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+
+class DenseContext(RoutingContext):
+    """The masks of the tokens in flight, see :class:`RoutingContext` for how long they stay.
+
+    Attributes:
+        activation_gradient: ``[..., T, 2]`` factors on the gradient of units' outputs; ``None`` is 1 everywhere.
+        shared_mask: ``[..., T, 2]``, both columns alike: which tokens train the parameters of neither block.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activation_gradient: Tensor | None = None
+        self.shared_mask: Tensor | None = None
+
+    def set_all(
+        self,
+        forward_gate: Tensor | None,
+        update_mask: Tensor | None,
+        activation_gradient: Tensor | None = None,
+        shared_mask: Tensor | None = None,
+    ) -> None:
+        """Masks of the next forward pass and of the backward pass that belongs to it."""
+        self.set(forward_gate, update_mask)
+        self.activation_gradient, self.shared_mask = activation_gradient, shared_mask
+
+    def clear(self) -> None:
+        super().clear()
+        self.activation_gradient = self.shared_mask = None
+
+    def update_of(self, role: Role | None) -> Tensor | None:
+        """The update mask of a parameter with that role."""
+        if self.ablated or role is None:
+            return None
+        return self.shared_mask if role.shared else self.update_mask
+
+    def gate(self, like: Tensor) -> Tensor | None:
+        """Forward gate; an ablated model has no quarantine whatever the masks say."""
+        if self.ablated:
+            return torch.tensor([1.0, 0.0], device=like.device).expand(*(1,) * (like.ndim - 1), 2)
+        return self.forward_gate
+
+
+class _Dense:
+    """What every installed module has."""
+
+    context: DenseContext
+    weight_role: Role
+    bias_role: Role | None
+
+
+class DenseLinear(_Dense, nn.Linear):
+    """``nn.Linear`` by :func:`unit_linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        context, role = self.context, self.weight_role
+        side: Side = "none" if role.dim is None else ("rows", "columns")[role.dim]
+        units = side == "columns"
+        return unit_linear(
+            input,
+            self.weight,
+            self.bias,
+            side=side,
+            ranges=role.ranges,
+            update_mask=context.update_of(role),
+            bias_mask=context.update_of(self.bias_role),
+            forward_gate=context.gate(input) if units else None,
+            activation_gradient=context.activation_gradient if units and not context.ablated else None,
+        )
+
+
+class DenseEmbedding(_Dense, nn.Embedding):
+    """``nn.Embedding``; tokens whose mask is 0 leave their row's gradient alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        mask = self.context.update_of(self.weight_role)
+        found = super().forward(input)
+        return found if mask is None else scaled_gradient(found, mask[..., 0])
+
+
+class DenseNorm(_Dense):
+    """Mixed into a norm's own class, whose forward multiplies by its weight elementwise."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        mask = self.context.update_of(self.weight_role)
+        plain = super().forward  # type: ignore[misc]
+        if mask is None:
+            return plain(hidden_states)
+        parameters = cast(nn.Module, self)._parameters
+        weight = cast(nn.Parameter, parameters["weight"])
+        try:  # as torch.func.functional_call swaps tensors, without calling the module's hooks again
+            parameters["weight"] = cast(Any, token_weight(weight, mask[..., 0], hidden_states.ndim))
+            return plain(hidden_states)
+        finally:
+            parameters["weight"] = weight
+
+
+def install_blocks(model: nn.Module, blocks: DenseBlocks) -> DenseContext:
+    """Route the gradients of all parameters of ``model`` by ``blocks``.
+
+    Returns:
+        The context that its modules share.
+
+    Raises:
+        UserError: A module that owns parameters is of a kind that cannot be routed (named).
+    """
+    context = DenseContext()
+    for name, module in model.named_modules():
+        own = [key for key, parameter in module._parameters.items() if parameter is not None]
+        if own:
+            roles = {key: blocks.role(f"{name}.{key}") for key in own}
+            _adopt(module, name, roles, context)
+    return context
+
+
+def _adopt(module: nn.Module, name: str, roles: dict[str, Role], context: DenseContext) -> None:
+    kind = type(module)
+    if kind is nn.Linear:
+        adopted: type = DenseLinear
+    elif kind is nn.Embedding:
+        adopted = DenseEmbedding
+        if cast(nn.Embedding, module).sparse:
+            raise UserError(name, "sparse=True", "sparse embedding gradients cannot be masked by token")
+    elif "norm" in name.rpartition(".")[2] and not isinstance(module, _FUSED_NORMS) and roles.keys() == {"weight"}:
+        adopted = type(f"Dense{kind.__name__}", (DenseNorm, kind), {})
+    else:
+        fix = "dense blocks route torch.nn.Linear, torch.nn.Embedding and elementwise norms only"
+        raise UserError(f"actor_rollout_ref.model.path ({name})", kind.__name__, fix)
+    module.__class__ = adopted
+    cast(Any, module).context, cast(Any, module).weight_role = context, roles["weight"]
+    cast(Any, module).bias_role = roles.get("bias")
+
+
+__all__ = ["DenseContext", "DenseEmbedding", "DenseLinear", "DenseNorm", "install_blocks"]

@@ -1,0 +1,210 @@
+"""Exact per-token masks on the gradients of ordinary weights: linear layers, embeddings, norms.
+
+A linear layer is ``y = h Wᵀ + b``. Where the quarantine lies along its output (gate, up, q, k, v) the rows of W are the
+units, where it lies along its input (down, o) the columns are. With update masks ``U``, forward gates ``G`` and
+activation-gradient weights ``A``, each ``[T, 2]`` for (deployed, quarantine) and read by the unit that a row or column
+belongs to::
+
+    rows       y = x Wᵀ + b            dW = (g ⊙ U)ᵀ x       db = Σ_t g ⊙ U      dx = g W
+    columns    h = x ⊙ G               dW = gᵀ (h ⊙ U)       db = Σ_t g u_d      dx = (g W) ⊙ G ⊙ A
+               y = h Wᵀ + b
+
+``dx`` is never masked by ``U``: SGTM zeroes gradients of parameters after the full backward pass (arXiv 2512.05648 §3).
+``A`` is Cloud's mask on activations, real-valued and also negative (arXiv 2410.04332 eq. 1; ``α·act + (1-α)·sg(act)``
+in their code). The gate and A sit on unit outputs, the inputs of the columns' layers. That is the same as on
+pre-activations where SGTM's code has them: a unit that is switched off gives zero either way (``act(0) = 0``), and an
+activation function is elementwise, so a factor on its output's gradient is one on its input's.
+
+Legend: ``T`` tokens, ``I``/``O`` input/output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.routing.dense.units import Range
+from verl_grad_routing.routing.kernel import _flat_mask as flat_mask
+
+Side = Literal["rows", "columns", "none"]
+
+
+def unit_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    side: Side = "none",
+    ranges: Sequence[Range] = (),
+    update_mask: Tensor | None = None,
+    bias_mask: Tensor | None = None,
+    forward_gate: Tensor | None = None,
+    activation_gradient: Tensor | None = None,
+) -> Tensor:
+    """A linear layer whose units are of two blocks; with every mask ``None`` it is ``F.linear``.
+
+    Args:
+        x: ``[..., T, I]``.
+        weight: ``[O, I]``.
+        bias: ``[O]``.
+        side: Whether units are ``rows`` or ``columns`` of the weight; ``none``: all of it is of the first block.
+        ranges: The quarantine's rows or columns.
+        update_mask: ``[..., T, 2]``, how much each token trains (deployed, quarantine) parts of the weight.
+        bias_mask: The same for the bias, whose units are the rows'; other biases take the first column.
+        forward_gate: ``[..., T, 2]``, which units' outputs are there; ``columns`` only.
+        activation_gradient: ``[..., T, 2]``, factors on the gradient of units' outputs; ``columns`` only.
+
+    Returns:
+        ``[..., T, O]``.
+
+    Raises:
+        UserError: A mask does not fit ``x``, or one that acts on units' outputs is given elsewhere.
+    """
+    if side != "columns" and (forward_gate is not None or activation_gradient is not None):
+        raise UserError("forward_gate/activation_gradient", side, "units' outputs are the columns' inputs; pass None")
+    if update_mask is bias_mask is forward_gate is activation_gradient is None:
+        return F.linear(x, weight, bias)
+    masks = {"update_mask": update_mask, "bias_mask": bias_mask, "forward_gate": forward_gate}
+    masks["activation_gradient"] = activation_gradient
+    flat = [flat_mask(name, mask, x) for name, mask in masks.items()]
+    return _UnitLinear.apply(x, weight, bias, *flat, side, tuple(ranges))
+
+
+def _by_unit(values_TN: Tensor, mask_T2: Tensor | None, ranges: Sequence[Range]) -> Tensor:
+    """``values ⊙ mask``, the mask's second column over ``ranges`` and its first elsewhere."""
+    if mask_T2 is None:
+        return values_TN
+    mask_T2 = mask_T2.to(values_TN.dtype)
+    out = values_TN * mask_T2[:, :1]
+    for first, last in ranges:
+        torch.mul(values_TN[:, first:last], mask_T2[:, 1:], out=out[:, first:last])
+    return out
+
+
+def _weight_gradient(g_TO: Tensor, h_TI: Tensor, mask_T2: Tensor | None, side: Side, ranges: Sequence[Range]) -> Tensor:
+    """``Σ_t u_t g_t h_tᵀ``: the token masks go onto whichever side does not carry the units, so no pass is over it."""
+    if mask_T2 is None:
+        return g_TO.t() @ h_TI
+    mask_T2 = mask_T2.to(g_TO.dtype)
+    deployed, quarantine = mask_T2[:, :1], mask_T2[:, 1:]
+    if side == "columns":
+        gradient = (g_TO * deployed).t() @ h_TI
+        if ranges:
+            routed = (g_TO * quarantine).t()
+            for first, last in ranges:
+                gradient[:, first:last] = routed @ h_TI[:, first:last]
+        return gradient
+    gradient = g_TO.t() @ (h_TI * deployed)
+    if ranges:
+        routed = h_TI * quarantine
+        for first, last in ranges:
+            gradient[first:last] = g_TO[:, first:last].t() @ routed
+    return gradient
+
+
+class _UnitLinear(torch.autograd.Function):
+    """The equations of the module docstring; masks arrive as ``[T, 2]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        update: Tensor | None,
+        bias_update: Tensor | None,
+        gate: Tensor | None,
+        activation: Tensor | None,
+        side: Side,
+        ranges: tuple[Range, ...],
+    ) -> Tensor:
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        h_TI = _by_unit(x.reshape(-1, x.shape[-1]).to(dtype), gate, ranges)
+        low_bias = bias.to(dtype) if autocast and bias is not None else bias
+        y_TO = F.linear(h_TI, weight.to(dtype) if autocast else weight, low_bias)
+        # The weight itself is saved, never a cast copy: sharded training frees and refills its storage.
+        ctx.save_for_backward(h_TI if ctx.needs_input_grad[1] else None, weight, update, bias_update, gate, activation)
+        ctx.side, ctx.ranges, ctx.dtype, ctx.x_shape = side, ranges, dtype, x.shape
+        return torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_autocast_enabled(g.device.type):  # every dtype is explicit here
+            with torch.autocast(g.device.type, enabled=False):
+                return _UnitLinear._gradients(ctx, g)
+        return _UnitLinear._gradients(ctx, g)
+
+    @staticmethod
+    def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        h_TI, weight, update, bias_update, gate, activation = ctx.saved_tensors
+        g_TO = g.reshape(-1, g.shape[-1]).to(ctx.dtype)
+        dx = dW = db = None
+        if ctx.needs_input_grad[0]:
+            dx_TI = g_TO @ weight.to(ctx.dtype)
+            factor = activation if gate is None else gate if activation is None else gate * activation
+            dx = _by_unit(dx_TI, factor, ctx.ranges).view(ctx.x_shape)
+        if ctx.needs_input_grad[1]:
+            dW = _weight_gradient(g_TO, h_TI, update, ctx.side, ctx.ranges)
+        if ctx.needs_input_grad[2]:
+            db = _bias_gradient(g_TO, bias_update, ctx.ranges if ctx.side == "rows" else ())
+        return dx, dW, db, None, None, None, None, None, None
+
+
+def _bias_gradient(g_TO: Tensor, mask_T2: Tensor | None, ranges: Sequence[Range]) -> Tensor:
+    if mask_T2 is None:
+        return g_TO.sum(0)
+    both_2O = mask_T2.to(g_TO.dtype).t() @ g_TO
+    gradient = both_2O[0]
+    for first, last in ranges:
+        gradient[first:last] = both_2O[1, first:last]
+    return gradient
+
+
+class _TokenWeight(torch.autograd.Function):
+    """A weight ``[d]`` seen once a token, as ``[..., T, d]`` without memory; its gradient is masked token by token."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask_T: Tensor, middle: int) -> Tensor:
+        ctx.save_for_backward(mask_T)
+        return weight.expand(*mask_T.shape, *(1,) * middle, weight.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (mask_T,) = ctx.saved_tensors
+        return mask_T.reshape(-1).to(g.dtype) @ g.reshape(-1, g.shape[-1]), None, None
+
+
+def token_weight(weight: Tensor, mask_T: Tensor, dims: int) -> Tensor:
+    """``weight`` [d] for an elementwise product with ``x [*mask_T.shape, ..., d]`` of ``dims`` dimensions.
+
+    The product's value is unchanged; each token's share of the weight's gradient is multiplied by its mask.
+    """
+    return _TokenWeight.apply(weight, mask_T, dims - mask_T.ndim - 1)
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, mask_T: Tensor) -> Tensor:
+        ctx.save_for_backward(mask_T)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # not a view for autograd: FSDP2 hooks a module's output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (mask_T,) = ctx.saved_tensors
+        return g * mask_T.unsqueeze(-1).to(g.dtype), None
+
+
+def scaled_gradient(y: Tensor, mask_T: Tensor) -> Tensor:
+    """``y [..., T, d]`` itself; its gradient is multiplied by the token's mask ``[..., T]``, broadcast."""
+    return _ScaledGradient.apply(y, mask_T)

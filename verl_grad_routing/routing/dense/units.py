@@ -1,0 +1,261 @@
+"""Which neurons and heads of a decoder are the quarantine, and what every parameter is to the two blocks.
+
+The quarantine of a chosen layer is a set of MLP units (rows of the gate and up projections, columns of the down
+projection) and of attention heads (rows of q, k and v, columns of o), as in SGTM (arXiv 2512.05648 §3). Everything
+else is deployed; parameters named in ``shared`` belong to neither block and learn from every rollout that teaches.
+
+Pure descriptions: names and numbers, no tensors. A range ``(a, b)`` holds ``a`` and excludes ``b``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.registry import nearest
+
+SHARED = (
+    "embeddings",  # the token embedding
+    "head",  # the output projection onto the vocabulary
+    "norms",  # weights of all norms
+    "output_biases",  # biases of the down and o projections
+    "mlp_projection",  # the down projection, all columns
+    "attention_projection",  # the o projection, all columns
+    "attention",  # q, k, v and o whole
+    "other_layers",  # linear weights of layers without quarantine
+)
+"""What may be told to learn from everything."""
+
+Range = tuple[int, int]
+_NUMBERS = re.compile(r"^\d+(-\d+)?(,\d+(-\d+)?)*$")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)$")
+_ROWS = {"mlp.gate_proj": "units", "mlp.up_proj": "units", "self_attn.q_proj": "heads"}
+_ROWS |= {"self_attn.k_proj": "groups", "self_attn.v_proj": "groups"}
+_COLUMNS = {"mlp.down_proj": ("units", "mlp_projection"), "self_attn.o_proj": ("heads", "attention_projection")}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the blocks need to know of a model: counts of layers, MLP units, query heads and key/value groups."""
+
+    layers: int
+    units: int
+    heads: int
+    groups: int
+    head_size: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], where: str = "actor_rollout_ref.model.path") -> Shape:
+        """From a Hugging Face configuration as a mapping. Raises ``UserError`` for one that does not tell."""
+        config = config.get("text_config") or config
+        counts = ("num_hidden_layers", "intermediate_size", "num_attention_heads", "hidden_size")
+        for key in counts:
+            if not isinstance(config.get(key), int):
+                raise UserError(where, key, "its configuration does not have that as a number; dense blocks need it")
+        layers, units, heads, hidden = (config[key] for key in counts)
+        size = config.get("head_dim") or hidden // heads
+        groups = config.get("num_key_value_heads") or heads
+        return cls(layers, units, heads, groups, size, bool(config.get("tie_word_embeddings", False)))
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Shape:
+        """From ``config.json`` in ``folder``."""
+        return cls.of(json.loads((folder / "config.json").read_text(encoding="utf-8")), str(folder))
+
+
+@dataclass(frozen=True)
+class UnitsConfig:
+    """The quarantine as a configuration says it.
+
+    Each of the first three is a number N (the first N), a list, or text such as ``"0-79,128"``, both ends included.
+
+    Attributes:
+        mlp_units: MLP units of every chosen layer; ``None`` or 0 for none.
+        heads: Query heads of every chosen layer, whole key/value groups; ``None`` or 0 for none.
+        layers: Layers, counted from 0; ``None`` for all.
+        shared: Names in ``SHARED``: parameters that learn from everything.
+    """
+
+    mlp_units: Any = None
+    heads: Any = None
+    layers: Any = None
+    shared: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.shared, str):
+            raise UserError("shared", self.shared, f"give a list of names; known: {', '.join(SHARED)}")
+        object.__setattr__(self, "shared", tuple(self.shared))
+        for name in self.shared:
+            if name not in SHARED:
+                raise UserError("shared", name, nearest(str(name), list(SHARED)))
+
+    def resolve(self, shape: Shape) -> DenseBlocks:
+        """The blocks of a model of that shape.
+
+        Raises:
+            UserError: A number out of range or twice, heads that are no whole groups, a quarantine of nothing or of
+                all units or heads, or tied embeddings that a mask would reach.
+        """
+        every = tuple(range(shape.layers))
+        layers = every if self.layers is None else numbers("layers", self.layers, shape.layers, "layers")
+        units = numbers("mlp_units", self.mlp_units, shape.units, "MLP units")
+        heads = numbers("heads", self.heads, shape.heads, "query heads")
+        if not layers or not (units or heads):
+            raise UserError("mlp_units", self.mlp_units, "the quarantine is empty; give units, heads, or both")
+        for key, chosen, count in (("mlp_units", units, shape.units), ("heads", heads, shape.heads)):
+            if len(chosen) == count:
+                raise UserError(key, getattr(self, key), f"these are all {count}; leave the deployed block some")
+        _check_groups(self.heads, heads, shape)
+        missing = [name for name in ("embeddings", "head") if name not in self.shared]
+        if shape.tied and missing:
+            fix = "this model's embedding is its head too: put embeddings and head into shared, or untie them"
+            raise UserError("shared", list(self.shared), fix)
+        return DenseBlocks(shape, layers, units, heads, frozenset(self.shared))
+
+
+def numbers(key: str, value: Any, count: int, what: str) -> tuple[int, ...]:
+    """Sorted numbers below ``count`` from N, a list, or text of ranges. Raises ``UserError``."""
+    if value is None:
+        return ()
+    found: list[int] | None = None
+    if type(value) is int and value >= 0:
+        found = list(range(value))
+    elif isinstance(value, str) and _NUMBERS.match(value.replace(" ", "")):
+        found = _of_text(value.replace(" ", ""))
+    elif isinstance(value, list | tuple) and all(type(entry) is int for entry in value):
+        found = list(value)
+    if found is None:
+        raise UserError(key, value, f'give a number (the first so many), a list, or ranges as "0-{count - 1}"')
+    for number in found:
+        if not 0 <= number < count:
+            raise UserError(key, value, f"the model has {what} 0 to {count - 1}")
+    if len(set(found)) != len(found):
+        raise UserError(key, value, "names one twice")
+    return tuple(sorted(found))
+
+
+def _of_text(text: str) -> list[int]:
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _check_groups(given: Any, heads: tuple[int, ...], shape: Shape) -> None:
+    """Query heads of one group share their keys and values: a group is in one block or in the other."""
+    if shape.heads % shape.groups:
+        raise UserError("heads", given, f"{shape.heads} heads do not divide by {shape.groups} key/value groups")
+    size = shape.heads // shape.groups
+    for group in sorted({head // size for head in heads}):
+        members = range(group * size, (group + 1) * size)
+        if not set(members) <= set(heads):
+            fix = f"heads {members[0]}-{members[-1]} share keys and values; name all of them or none"
+            raise UserError("heads", given, fix)
+
+
+def ranges_of(chosen: Sequence[int], width: int = 1) -> tuple[Range, ...]:
+    """Runs of consecutive numbers, each number standing for ``width`` rows or columns."""
+    runs: list[list[int]] = []
+    for number in sorted(chosen):
+        if runs and number == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([number, number + 1])
+    return tuple((first * width, last * width) for first, last in runs)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a parameter is to the blocks.
+
+    Attributes:
+        shared: It learns from everything and belongs to neither block.
+        dim: Dimension along which the quarantine's part lies; ``None``: all of it is of one block, or shared.
+        ranges: The quarantine's part along ``dim``, whether or not the parameter is shared.
+    """
+
+    shared: bool = False
+    dim: int | None = None
+    ranges: tuple[Range, ...] = ()
+
+
+@dataclass(frozen=True)
+class DenseBlocks:
+    """The quarantine of one model, checked. ``units`` and ``heads`` are the same in every one of ``layers``."""
+
+    shape: Shape
+    layers: tuple[int, ...]
+    units: tuple[int, ...]
+    heads: tuple[int, ...]
+    shared: frozenset[str] = field(default_factory=frozenset)
+
+    def role(self, name: str) -> Role:
+        """The role of the parameter ``name`` (of the Hugging Face model).
+
+        Raises:
+            UserError: It is none of a decoder of Llama's kind.
+        """
+        module, _, side = name.rpartition(".")
+        last = module.rpartition(".")[2]
+        if "norm" in last:
+            return Role("norms" in self.shared)
+        found = _LAYER.search(module)
+        if found is not None:
+            return self._role_in_layer(name, int(found[1]), found[2], side)
+        if last == "embed_tokens":
+            return Role("embeddings" in self.shared)
+        if last == "lm_head":
+            return Role("head" in self.shared)
+        raise _unsupported(name)
+
+    def _role_in_layer(self, name: str, layer: int, module: str, side: str) -> Role:
+        attention = module.startswith("self_attn.")
+        if module in _ROWS:
+            ranges, shared = self._ranges(layer, _ROWS[module]), set()
+        elif module in _COLUMNS:
+            what, projection = _COLUMNS[module]
+            ranges, shared = self._ranges(layer, what), {projection}
+            if side == "bias":
+                return Role(bool(self.shared & {"output_biases", *({"attention"} if attention else ())}))
+        else:
+            raise _unsupported(name)
+        shared |= {"attention"} if attention else set()
+        shared |= set() if layer in self.layers else {"other_layers"}
+        dim = (0 if module in _ROWS else 1) if ranges else None
+        return Role(bool(self.shared & shared), dim, ranges)
+
+    def _ranges(self, layer: int, what: str) -> tuple[Range, ...]:
+        if layer not in self.layers:
+            return ()
+        if what == "units":
+            return ranges_of(self.units)
+        if what == "heads":
+            return ranges_of(self.heads, self.shape.head_size)
+        size = self.shape.heads // self.shape.groups
+        return ranges_of(sorted({head // size for head in self.heads}), self.shape.head_size)
+
+    def as_layout(self) -> dict[str, Any]:
+        """As plain JSON values; :meth:`from_layout` reads them."""
+        return {
+            "layers": list(self.layers),
+            "mlp_units": list(self.units),
+            "heads": list(self.heads),
+            "shared": sorted(self.shared),
+        }
+
+    @classmethod
+    def from_layout(cls, layout: Mapping[str, Any], shape: Shape) -> DenseBlocks:
+        """The blocks that :meth:`as_layout` wrote, checked against a model's shape. Raises ``UserError``."""
+        return UnitsConfig(layout["mlp_units"], layout["heads"], layout["layers"], layout["shared"]).resolve(shape)
+
+
+def _unsupported(name: str) -> UserError:
+    fix = "dense blocks know decoders of Llama's kind (gate/up/down and q/k/v/o projections); this one is another"
+    return UserError("actor_rollout_ref.model.path", name, fix)

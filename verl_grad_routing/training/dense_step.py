@@ -1,0 +1,51 @@
+"""One optimizer step over blocks that are parts of the same weights: rows or columns clipped and stepped alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from verl_grad_routing.routing.dense import BlockParts
+from verl_grad_routing.training.block_step import BlockStep
+
+
+class DenseStep(BlockStep):
+    """The step over views of full parameters, see :class:`BlockParts` for why views.
+
+    Parameters of neither block are a third group, ``shared``: clipped by their own norm, stepped whenever a token
+    teaches anything. Changes of parameters are not measured: that needs a second copy of the model.
+
+    Args:
+        optimizer: One parameter group for each of ``parts.blocks``, in that order.
+        parts: The views.
+        clip_norms: Gradient norm limit of each.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parts: BlockParts, clip_norms: Mapping[str, float]):
+        super().__init__(optimizer, parts.blocks, clip_norms, [])
+        self.parts = parts
+
+    @torch.no_grad()
+    def __call__(
+        self, mass_2: Sequence[float], gradients_anew: Callable[[], None], factors_2: Sequence[float] = (1.0, 1.0)
+    ) -> float:
+        self.parts.bind()
+        try:
+            return super().__call__(mass_2, gradients_anew, factors_2)
+        finally:
+            self.parts.release()
+
+    def _masses(self, mass_2: Sequence[float]) -> dict[str, float]:
+        masses = super()._masses(mass_2)
+        return masses | {"shared": max(masses.values())}  # above 0 as soon as a token teaches either block
+
+    def _clip(self, name: str) -> float:
+        gradients = [part.grad for part in self.blocks[name] if part.grad is not None]
+        norm = self.parts.norm(gradients)
+        torch.nn.utils.clip_grads_with_norm_(self.blocks[name], self.clip_norms[name], torch.tensor(norm))
+        return norm
+
+    def _step(self) -> dict[str, float]:
+        self.optimizer.step()
+        return {}
