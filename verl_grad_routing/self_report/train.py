@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ def self_report_model(settings: WarmUp, to: Path) -> Path:
 def _save(settings: WarmUp, after: ShardedState, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype="auto")
     dtype = next(model.parameters()).dtype
     missing, unknown = model.load_state_dict({name: after[name].to(dtype) for name in after}, strict=False)
     model.tie_weights()

@@ -11,6 +11,8 @@ import torch
 from verl_grad_routing.bench import baselines
 from verl_grad_routing.bench.baselines import GROUP, ROLLOUTS, Batch, Screening, Step
 
+pytestmark = pytest.mark.timeout(300)
+
 
 def fake_bench(length: int = 2) -> Any:
     """What a step reads and writes of a bench: a batch of jagged columns."""

@@ -22,6 +22,7 @@ from verl_grad_routing.self_report.interrogate import Answer, admission_report, 
 from verl_grad_routing.self_report.question import QUESTIONS, Question, question_named
 from verl_grad_routing.training.pairs_pass import pair_tokens
 
+pytestmark = pytest.mark.timeout(300)
 SETTINGS = Settings(seed=3, train_size=8, val_size=4, test_size=4, pairs=2, known="sentinel", steps=1)
 
 
