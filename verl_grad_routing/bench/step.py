@@ -168,7 +168,7 @@ def _batch(kl: bool) -> TensorDict:
     return TensorDict(fields, batch_size=[ROLLOUTS])
 
 
-def _timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -196,7 +196,7 @@ def run_step_bench(json_path: Path | None = None, repeats: int = 30) -> dict[str
         ):
             bench.kl, bench.loss, bench.batch = kl, _loss(kl), _batch(kl)
             persona, vanilla = interleave(
-                lambda work=work: _timed(lambda: work(True)), lambda work=work: _timed(lambda: work(False)), repeats
+                lambda work=work: timed(lambda: work(True)), lambda work=work: timed(lambda: work(False)), repeats
             )
             ratio = ratio_interval(persona, vanilla)
             results[name] = {**ratio.as_dict(), "persona_s": persona, "vanilla_2r_s": vanilla}
