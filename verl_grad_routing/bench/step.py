@@ -191,7 +191,7 @@ def make_batch(kl: bool) -> TensorDict:
     return TensorDict(fields, batch_size=[ROLLOUTS])
 
 
-def timed(work: Callable[[], None]) -> float:
+def timed(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     if torch.cuda.is_available():
