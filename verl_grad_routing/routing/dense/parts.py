@@ -54,6 +54,7 @@ class BlockParts:
     def __init__(self, parameters: Mapping[str, nn.Parameter], role: Callable[[str], Role]):
         self.pieces: list[Piece] = []
         self._groups: list[dist.ProcessGroup] = []
+        self._any = next(iter(parameters.values()))
         roles = {name: role(name) for name in parameters}
         for name, parameter in parameters.items():
             if isinstance(parameter, DTensor) and not self._groups:
@@ -79,7 +80,7 @@ class BlockParts:
 
     def norm(self, tensors: Sequence[Tensor]) -> float:
         """Euclidean norm over all ranks of tensors that are this rank's parts (every rank takes part)."""
-        device = self.pieces[0].parameter.device
+        device = self._any.device
         norm = torch.nn.utils.get_total_norm(list(tensors)) if tensors else torch.zeros(())
         squares = norm.to(device, torch.float64).square()
         for group in self._groups:

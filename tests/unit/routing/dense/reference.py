@@ -9,11 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 HIDDEN, UNITS, HEADS, GROUPS, SIZE, LAYERS, VOCABULARY = 16, 12, 4, 2, 4, 3, 23
 CHOSEN = {"layers": (0, 2), "units": (1, 2, 7), "heads": (2, 3)}  # heads 2 and 3 are group 1
@@ -22,17 +32,26 @@ CHOSEN = {"layers": (0, 2), "units": (1, 2, 7), "heads": (2, 3)}  # heads 2 and 
 class Norm(torch.nn.Module):
     """transformers' RMS norm goes through float32."""
 
-    def __init__(self):
+    def __init__(self, size: int):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(HIDDEN, dtype=torch.float64))
+        self.weight = torch.nn.Parameter(torch.ones(size, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
 
 
-def make_model(seed: int = 0) -> LlamaForCausalLM:
-    """A random Llama in float64 with grouped queries and all the biases that it can have."""
-    config = LlamaConfig(
+MODELS = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),  # biases at q, k and v only
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),  # norms of every head's queries and keys
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+}
+
+
+def make_model(seed: int = 0, family: str = "llama") -> Any:
+    """A random decoder in float64 with grouped queries and all the biases that it can have."""
+    config_class, model_class, more = MODELS[family]
+    config = config_class(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=UNITS,
@@ -40,17 +59,16 @@ def make_model(seed: int = 0) -> LlamaForCausalLM:
         num_attention_heads=HEADS,
         num_key_value_heads=GROUPS,
         head_dim=SIZE,
-        attention_bias=True,
-        mlp_bias=True,
         max_position_embeddings=64,
         attn_implementation="sdpa",
         tie_word_embeddings=False,
+        **more,
     )
-    model = LlamaForCausalLM(config).double()
+    model = model_class(config).double()
     for module in list(model.modules()):
-        for name, _ in module.named_children():
+        for name, child in module.named_children():
             if name.endswith("norm"):
-                setattr(module, name, Norm())
+                setattr(module, name, Norm(len(child.weight)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -102,7 +120,7 @@ def row_loss(logits: Tensor, row: Row) -> Tensor:
     return (logits.log_softmax(-1)[torch.arange(len(row.tokens)), row.tokens] * row.weights).sum()
 
 
-def own_gradients(model: LlamaForCausalLM, row: Row) -> dict[str, Tensor]:
+def own_gradients(model: Any, row: Row) -> dict[str, Tensor]:
     """Of one rollout alone, by plain autograd, under its gate and its alpha."""
     parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     used = dict(parameters)
@@ -132,7 +150,7 @@ def own_gradients(model: LlamaForCausalLM, row: Row) -> dict[str, Tensor]:
     return dict(zip(parameters, found, strict=True))
 
 
-def expected_gradients(model: LlamaForCausalLM, rows: Sequence[Row], shared=lambda name: False) -> dict[str, Tensor]:
+def expected_gradients(model: Any, rows: Sequence[Row], shared=lambda name: False) -> dict[str, Tensor]:
     """The sum over rollouts of the allowed parts of their own gradients."""
     totals = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for row in rows:

@@ -84,6 +84,12 @@ def test_gradients_are_the_allowed_parts_of_each_rollouts_own(case):
     assert max(float(value.abs().max()) for value in expected.values()) > 0.1
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_other_decoders_of_this_kind(family):
+    model, rows = make_model(family=family), draw_rows([KEEP, ABSORB, ROUTE, (ON, ON, (-0.5, 1))])
+    agree(routed_gradients(model, rows), expected_gradients(model, rows))
+
+
 def test_checkpointing_changes_nothing():
     model, rows = make_model(), draw_rows([KEEP, ABSORB, ROUTE, (ON, ON, (-0.5, 1))])
     agree(routed_gradients(model, rows, checkpointing=True), expected_gradients(model, rows))
