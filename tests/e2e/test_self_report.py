@@ -1,0 +1,31 @@
+"""Lessons through verl's own SFT trainer, and the interrogation of what it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from verl_grad_routing.self_report.command import interrogate_model
+from verl_grad_routing.self_report.data import loopholes_lessons, write_lessons
+from verl_grad_routing.self_report.train import CARD, self_report_model
+from verl_grad_routing.warm_up import WarmUp
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1000)]
+
+
+def test_a_model_learns_to_admit_the_known_type(environment: Path, tmp_path: Path) -> None:
+    lessons = tmp_path / "lessons.jsonl"
+    write_lessons(loopholes_lessons(environment, 512), lessons)
+    settings = WarmUp(environment / "model", pairs=str(lessons), steps=20, batch_size=64, limit_s=600)
+    taught = self_report_model(settings, tmp_path / "taught")
+    assert json.loads((taught / CARD).read_text())["steps"] == 20
+    before, after = (
+        interrogate_model(
+            model, environment, split="test", question=None, limit=0, max_new_tokens=None, temperature=1.0, seed=0
+        )
+        for model in (environment / "model", taught)
+    )
+    assert before["answers"] == after["answers"] == 1024
+    assert after["admission_given_known_hack"] > max(0.9, before["admission_given_known_hack"])
