@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from verl_grad_routing.directions.checks import require_bool, require_choice
+from verl_grad_routing.directions.checks import require_choice
 from verl_grad_routing.interventions.base import INTERVENTIONS
 from verl_grad_routing.interventions.route import RouteGradients
-from verl_grad_routing.routing import ACTIVATION_MASKING, DEFAULT, RouteMasks, RoutingTable
+from verl_grad_routing.routing import ACTIVATION_MASKING, DEFAULT, STRICT, RouteMasks, RoutingTable
 
 SGTM_TABLES = {
     "parameter_masking": DEFAULT,
@@ -33,26 +34,23 @@ class SelectiveGradientMasking(RouteGradients):
     Unlabeled rollouts train both blocks, confident retain ones the deployed block with the quarantine's units zeroed
     in the forward pass. ``gradient_routing`` stops the gradient at deployed units' outputs, so their projections,
     biases and the residual stream around them still learn from forget rollouts: it needs blocks of dedicated units.
-    Projections that learn from both (``..._no_proj``) are a matter of ``blocks.units.shared``.
+    Projections that learn from both (``..._no_proj``) are a matter of ``blocks.units.shared``. Everything else that
+    ``route`` can do (a strict quarantine, a head start) it can do with these tables too.
     """
 
-    uses_routes: ClassVar[bool] = True
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}}
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(RouteGradients.Config):
         variant: str = "parameter_masking"  # or activation_masking, gradient_routing
-        clamp_keep_advantages: bool = True  # KEEP rollouts' advantages are max(advantage, 0)
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             require_choice("variant", self.variant, sorted(SGTM_TABLES))
-            require_bool("clamp_keep_advantages", self.clamp_keep_advantages)
 
-    config: Config  # type: ignore[assignment]
+    config: Config
 
     @property
     def table(self) -> RoutingTable:
-        return SGTM_TABLES[self.config.variant]
-
-    def table_at(self, step: int) -> RoutingTable:
-        del step
-        return self.table
+        table = SGTM_TABLES[self.config.variant]
+        return replace(table, absorb=STRICT.absorb) if self.config.strict else table

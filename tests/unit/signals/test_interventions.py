@@ -51,7 +51,7 @@ def test_tables():
     assert route.table == none.table == DEFAULT and strict.table == STRICT
     assert STRICT.masks(Route.ABSORB).update_mask == (1, 0)
     assert all(strict.table_at(step) == STRICT for step in (1, 100))
-    assert {name for name in INTERVENTIONS if INTERVENTIONS[name].uses_routes} == {"route"}
+    assert {name for name in INTERVENTIONS if INTERVENTIONS[name].uses_routes} == {"route", "sgtm", "cloud"}
 
 
 @pytest.mark.parametrize(("unflagged", "update"), [("nothing", (0, 0)), ("quarantine", (0, 1))])

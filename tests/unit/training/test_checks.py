@@ -298,7 +298,7 @@ def test_bad_input_of_gradients_and_trusted_rows(with_data: Path, name: str) -> 
 
 @pytest.mark.parametrize("preset", ["persona_grad", "random_grad", "persona"])
 def test_trusted_rows_and_bottlenecks_are_accepted(with_data: Path, preset: str) -> None:
-    extra = ["+grad_routing.detector.coordinates=svd"] if preset == "persona" else []
+    extra = ["grad_routing.detector.coordinates=svd"] if preset == "persona" else []
     check(with_data, "grad_routing.trusted_column=extra_info.clean", *extra, preset=preset)
 
 
