@@ -16,6 +16,7 @@ from verl_grad_routing.errors import UserError
 
 PRESETS = {"off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"}
 PRESETS |= {"tdga", "gradient_regularization"}
+PRESETS |= {"persona_grad", "random_grad"}
 PRESETS |= {"labels_partial", "strict", "head_start", "head_start_freeze", "pissa"}
 
 
@@ -75,7 +76,10 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     ("kind", "expected"),
     [
         ("presets", PRESETS),
-        ("detectors", {"persona_act", "random", "coinflip", "constant", "labels", "oracle"}),
+        (
+            "detectors",
+            {"persona_act", "random", "coinflip", "constant", "labels", "oracle", "persona_grad", "classifier"},
+        ),
         ("gates", {"history_quantile", "pair_band", "otsu", "exponential_quantile", "hysteresis"}),
         ("interventions", {"route"}),
         ("environments", {"loopholes", "code_loopholes"}),
