@@ -96,7 +96,7 @@ def start_signature(blocks: Any) -> dict[str, Any]:
 def check_same_start(saved: Mapping[str, Any], blocks: Any) -> None:
     """Refuse to resume towards another start. Raises ``UserError``."""
     now, before = start_signature(blocks), saved.get("start", {"decay_to_start": False})
-    for key in now.keys() | before.keys():
+    for key in dict.fromkeys((*now, *before)):  # decay_to_start first: without it the others have no meaning
         if now.get(key) != before.get(key):
             where = "grad_routing.blocks." + ("optim.decay_to_start" if key == "decay_to_start" else key)
             fix = f"the checkpoint's run has {before.get(key)!r}; set the same or start a new run"

@@ -91,7 +91,7 @@ class BlockStep:
         self.metrics = {f"routing/mass_{name}": masses[name] for name in NAMES}
         self.metrics |= {f"routing/grad_norm/{name}": norm for name, norm in norms.items()}
         self.metrics |= {f"routing/update_norm/{name}": norm for name, norm in updates.items()}
-        rates = {name: group["lr"] for name, group in zip(NAMES, self.optimizer.param_groups, strict=True)}
+        rates = {name: group["lr"] for name, group in zip(self.blocks, self.optimizer.param_groups, strict=True)}
         if len(set(rates.values())) > 1:
             self.metrics |= {f"routing/lr/{name}": rate for name, rate in rates.items()}
         for hook in self.hooks:

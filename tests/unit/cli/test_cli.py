@@ -17,7 +17,7 @@ from verl_grad_routing.errors import UserError
 PRESETS = {"off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"}
 PRESETS |= {"tdga", "gradient_regularization", "confessions", "seal_broken"}
 PRESETS |= {"labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "retain_pass"}
-PRESETS |= {"corda", "scorda", "scorda_rev"}
+PRESETS |= {"corda", "scorda", "scorda_rev", "persona_grad", "random_grad"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -76,7 +76,10 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     ("kind", "expected"),
     [
         ("presets", PRESETS),
-        ("detectors", {"persona_act", "random", "coinflip", "constant", "labels", "oracle"}),
+        (
+            "detectors",
+            {"persona_act", "random", "coinflip", "constant", "labels", "oracle", "persona_grad", "classifier"},
+        ),
         ("gates", {"history_quantile", "pair_band", "otsu", "exponential_quantile", "hysteresis"}),
         ("interventions", {"route"}),
         ("bases", {"random_orthogonal", "pissa_split", "corda", "scorda", "scorda_rev"}),
