@@ -174,8 +174,10 @@ def _fingerprints(bench: Bench) -> tuple[Callable[[], None], Callable[[], None]]
 
     probe = GradientProbe(layers=LAYERS_READ)
 
+    asked: dict[str, Any] = {ASKED: probe}
+
     def taken() -> None:
-        bench.infer(bench.batch, **{ASKED: probe})
+        bench.infer(bench.batch, **asked)
 
     def both_ways() -> None:
         data = bench.batch.copy()

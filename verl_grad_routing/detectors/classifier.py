@@ -82,11 +82,8 @@ class Classifier(Detector):
             fix = f"must return a sequence of {len(keys)} numbers, one per rollout, for {len(keys)} rollouts"
             raise UserError(f"{KEY}.function", type(said).__name__ if count is None else count, fix)
         for key, score in zip(keys, said, strict=True):
-            if (
-                not isinstance(score, Real)
-                or not math.isfinite(score)
-                or not self.config.low <= score <= self.config.high
-            ):
+            number = float(score) if isinstance(score, Real) else math.nan
+            if not self.config.low <= number <= self.config.high:  # nor is it for NaN
                 fix = f"must return numbers from {self.config.low:g} to {self.config.high:g} (low and high)"
                 raise UserError(f"{KEY}.function on rollout {key}", score, fix)
         return [float(score) for score in said]

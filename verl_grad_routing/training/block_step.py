@@ -103,7 +103,7 @@ class BlockStep:
 
     def _settle(self, masses: Mapping[str, float], factors_2: Sequence[float]) -> None:
         """No gradient at all for a block without mass, the factor for the others."""
-        factors = dict(zip(NAMES, factors_2, strict=True))
+        factors: dict[str, float] = dict(zip(NAMES, factors_2, strict=True))
         for name, parameters in self.blocks.items():
             factor = factors.get(name, 1.0)
             for parameter in parameters:
