@@ -12,9 +12,10 @@ pytestmark = pytest.mark.timeout(180)
 
 KEY = "grad_routing.compare"
 BYPASS = ["algorithm.rollout_correction.bypass_mode=true", "actor_rollout_ref.actor.use_kl_loss=false"]
+SOFT = ["grad_routing.intervention.name=mask_advantage", "+grad_routing.intervention.soft=true"]
 BAD = {
     "soft mask of a projection": (
-        ["grad_routing.intervention.name=mask_advantage", "+grad_routing.intervention.soft=true"],
+        [*(f"~grad_routing.intervention.{key}" for key in ("strict", "clamp_keep_advantages")), *SOFT],
         "grad_routing.intervention.name='mask_advantage'",
         "not in [0, 1]",
     ),

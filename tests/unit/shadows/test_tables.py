@@ -57,7 +57,7 @@ def test_a_card_that_leaves_out_a_signal_fails(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cards, "method_cards", lambda: left_out)
     with pytest.raises(UserError, match=r"cards/persona.yaml: signals.*reads pairs \(detector persona_act\)"):
         scorecard_page()
-    hidden = {**method_cards(), "labels": dataclasses.replace(method_cards()["labels"], oracle="no")}
+    hidden = {**method_cards(), "labels": dataclasses.replace(method_cards()["labels"], oracle="no", oracle_note="")}
     monkeypatch.setattr(cards, "method_cards", lambda: hidden)
     with pytest.raises(UserError, match=r"cards/labels.yaml: oracle='no'.*reads labels"):
         check_cards()
