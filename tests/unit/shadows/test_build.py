@@ -99,21 +99,17 @@ def test_a_bad_interval(every: Any) -> None:
 
 
 def test_presets_read_without_hydra_are_hydras() -> None:
-    import verl  # noqa: F401  (loads the plugin)
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
 
-    for preset in preset_names():
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            given = [f"+grad_routing={preset}", "+grad_routing/environment=loopholes"]
-            composed = compose("ppo_trainer", given).grad_routing
-        whole: Any = OmegaConf.to_container(OmegaConf.create({"grad_routing": composed}), throw_on_missing=False)
-        resolved: Any = OmegaConf.create(whole)
-        environment: Any = OmegaConf.to_container(resolved.grad_routing.environment, resolve=True)
-        expected: Any = OmegaConf.to_container(resolved.grad_routing, resolve=True, throw_on_missing=False)
-        found = preset_settings(preset, environment)
-        for part in ("preset", "control", "blocks", "detector", "gate", "intervention"):
-            assert found[part] == expected[part], (preset, part)
+    with initialize_config_module("verl_grad_routing.conf", version_base=None):
+        for preset in preset_names():
+            composed = compose(None, [f"+grad_routing={preset}", "+grad_routing/environment=loopholes"])
+            whole = OmegaConf.create({"grad_routing": composed.grad_routing})
+            expected: Any = OmegaConf.to_container(whole, resolve=True, throw_on_missing=False)
+            found = preset_settings(preset, expected["grad_routing"]["environment"])
+            for part in ("preset", "control", "blocks", "detector", "gate", "intervention"):
+                assert found[part] == expected["grad_routing"][part], (preset, part)
 
 
 def test_states_go_into_a_file_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,15 +9,29 @@ from pathlib import Path
 
 import pytest
 
+from verl_grad_routing import cli
+
 ROOT = Path(__file__).parents[3]
 OUTSIDE = ROOT / "tests/modules/outside"
+# In a process of its own: what is registered stays registered.
+CODE = """
+from verl_grad_routing import cli
+from verl_grad_routing.config import parse
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.shadows import build_shadows
 
+def built(least):
+    entry = {"name": "mine", "detector": {"name": "repetition", "least": least}, "intervention": {"name": "soften"}}
+    return build_shadows(parse({"compare": [entry]}))[0].methods
 
-def vgr(*arguments: str, path: Path) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own that sees the packages in ``path``."""
-    paths = os.pathsep.join([str(path), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "verl_grad_routing.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}, timeout=100)
+methods = built(3)
+print(sorted(methods.detector.reads), methods.detector.config.least, methods.intervention.config.factor)
+try:
+    built(1)
+except UserError as error:
+    print(error)
+cli.main(["combinations"])
+"""
 
 
 def package(folder: Path, code: str) -> Path:
@@ -30,29 +44,16 @@ def package(folder: Path, code: str) -> Path:
     return folder
 
 
-def test_its_methods_are_listed_and_combined() -> None:
-    found = vgr("combinations", path=OUTSIDE)
-    assert found.returncode == 0, found.stderr
-    row = next(line for line in found.stdout.splitlines() if line.startswith("| `repetition`"))
-    header = next(line for line in found.stdout.splitlines() if line.startswith("| detector"))
+def test_its_methods_are_built_by_name_and_combined() -> None:
+    paths = os.pathsep.join([str(OUTSIDE), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    found = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, timeout=100)
+    lines = found.stdout.splitlines()
+    assert lines[0] == "['prompts', 'responses'] 3 0.5", found.stderr
+    assert lines[1] == "grad_routing.compare.mine.detector.least=1: give at least 2 characters"
+    row = next(line for line in lines if line.startswith("| `repetition`"))
+    header = next(line for line in lines if line.startswith("| detector"))
     assert "`soften`" in header and row.split("|")[2].strip() == "monitor" and " no " not in row
-
-
-def test_its_methods_build_by_name_and_check_their_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own: what is registered stays registered."""
-    code = """
-from verl_grad_routing.config import parse
-from verl_grad_routing.shadows import build_shadows
-entry = {"name": "mine", "detector": {"name": "repetition", "least": %s}, "intervention": {"name": "soften"}}
-shadow, = build_shadows(parse({"compare": [entry]}))
-print(shadow.methods.detector.reads == {"prompts", "responses"}, shadow.methods.intervention.config.factor)
-"""
-    paths = os.pathsep.join([str(OUTSIDE), str(ROOT)])
-    for least, told in ((3, "True 0.5"), (1, "grad_routing.compare.mine.detector.least=1: give at least 2")):
-        command = [sys.executable, "-c", code % least]
-        environment = os.environ | {"PYTHONPATH": paths}
-        found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
-        assert told in found.stdout + found.stderr, found.stderr
 
 
 DETECTOR = """
@@ -70,10 +71,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_package_that_fails_is_named_in_one_line(case: str, tmp_path: Path) -> None:
+def test_a_package_that_fails_is_named_in_one_line(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, words = BAD[case]
-    found = vgr("list", "detectors", path=package(tmp_path, code))
-    assert found.returncode == 2 and found.stdout == ""
-    assert len(found.stderr.strip().splitlines()) == 1, found.stderr
+    monkeypatch.syspath_prepend(str(package(tmp_path, code)))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["list", "detectors"])
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2 and out == "" and len(err.strip().splitlines()) == 1
     for word in ["entry point verl_grad_routing.methods:mine", "other_module", "other cannot register", *words]:
-        assert word in found.stderr
+        assert word in err
