@@ -8,12 +8,15 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from verl_grad_routing.registry import Registry
 from verl_grad_routing.routing import DEFAULT, Route, RoutingTable
+
+if TYPE_CHECKING:  # detectors and interventions do not know each other when they run
+    from verl_grad_routing.detectors import Detector
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +37,6 @@ class Judged:
     def flagged_B(self) -> Tensor:
         """Whether the gate took the rollout for the unwanted behaviour (bool)."""
         return self.routes_B == int(Route.ROUTE)
-
-
-class Scores(Protocol):
-    """What a detector, or its class, says of its scores; see ``detectors.Detector``."""
-
-    tells_apart: ClassVar[bool]
-    score_range: ClassVar[tuple[float, float] | None]
 
 
 class Intervention(ABC):
@@ -66,8 +62,8 @@ class Intervention(ABC):
     def __init__(self, config: Any):
         self.config = config
 
-    def works_with(self, detector: Scores) -> str | None:
-        """Why it makes no sense with this detector (or class of one), in one clause; ``None`` where it does.
+    def works_with(self, detector: type[Detector]) -> str | None:
+        """Why it makes no sense with detectors of this class, in one clause; ``None`` where it does.
 
         The rule of the table of combinations, and of what is refused before a run starts.
         """

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from verl_grad_routing.directions.checks import require_bool
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.interventions.base import INTERVENTIONS, Intervention, Judged, Scores
+from verl_grad_routing.interventions.base import INTERVENTIONS, Intervention, Judged
+
+if TYPE_CHECKING:
+    from verl_grad_routing.detectors import Detector
 
 
 @INTERVENTIONS.register("mask_advantage")
@@ -34,7 +37,7 @@ class MaskAdvantage(Intervention):
 
     config: Config
 
-    def works_with(self, detector: Scores) -> str | None:
+    def works_with(self, detector: type[Detector]) -> str | None:
         low, high = detector.score_range or (float("-inf"), float("inf"))
         if self.config.soft and (low < 0 or high > 1):
             return "a soft mask multiplies by 1 - score, and the detector's scores are not in [0, 1]"

@@ -18,7 +18,7 @@ def combination(run: Run) -> None:
     """The rule of the table of combinations."""
     if not run.routed:
         return
-    reason = run.methods.intervention.works_with(run.methods.detector)
+    reason = run.methods.intervention.works_with(type(run.methods.detector))
     if reason is not None:
         fix = f"cannot act on detector {run.settings.detector['name']}: {reason}; see `vgr combinations`"
         raise UserError("grad_routing.intervention.name", run.settings.intervention["name"], fix)
