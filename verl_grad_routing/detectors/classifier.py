@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,10 +80,11 @@ class Classifier(Detector):
         if count != len(keys):
             fix = f"must return a sequence of {len(keys)} numbers, one per rollout, for {len(keys)} rollouts"
             raise UserError(f"{KEY}.function", type(said).__name__ if count is None else count, fix)
+        low, high = self.config.low, self.config.high
         for key, score in zip(keys, said, strict=True):
-            number = float(score) if isinstance(score, Real) else math.nan
-            if not self.config.low <= number <= self.config.high:  # nor is it for NaN
-                fix = f"must return numbers from {self.config.low:g} to {self.config.high:g} (low and high)"
+            # NaN fails the comparison too
+            if not isinstance(score, int | float | np.number) or not low <= float(score) <= high:
+                fix = f"must return numbers from {low:g} to {high:g} (low and high)"
                 raise UserError(f"{KEY}.function on rollout {key}", score, fix)
         return [float(score) for score in said]
 

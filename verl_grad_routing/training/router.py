@@ -39,9 +39,9 @@ def grader_facts(extra_fields: Sequence[Any]) -> dict[str, Tensor]:
 
 def loophole_types(extra_fields: Sequence[Any]) -> tuple[str, ...] | None:
     """The fact ``loophole`` of every rollout of the batch, where all have it as a text."""
-    types = [((fields or {}).get("reward_extra_info") or {}).get("loophole") for fields in extra_fields]
-    texts = tuple(name for name in types if isinstance(name, str))
-    return texts if texts and len(texts) == len(types) else None
+    found = [((fields or {}).get("reward_extra_info") or {}).get("loophole") for fields in extra_fields]
+    types = tuple(name for name in found if isinstance(name, str))
+    return types if types and len(types) == len(found) else None
 
 
 def fact_metrics(facts: Mapping[str, Tensor]) -> dict[str, float]:
