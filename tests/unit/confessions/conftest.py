@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
 from tensordict import NonTensorStack, TensorDict
 
 from verl_grad_routing.training.columns import plain
@@ -70,11 +73,19 @@ class Engine:
         return SimpleNamespace(token_ids=[self.says(prompt_ids, len(self.prompts))], log_probs=[-0.25])
 
 
+@cache
+def composed() -> DictConfig:
+    import verl  # noqa: F401  (loads the plugin)
+
+    given = ["+grad_routing=confessions", "+grad_routing/environment=loopholes", "+grad_routing/hardware=cpu"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", given)
+
+
 @pytest.fixture
 def trainer(queue: Queue) -> Callable[..., Any]:
     """``trainer(engine, *overrides)``: ours, with real configuration and tokenizer."""
     import verl.trainer.ppo.v1  # noqa: F401  (loads the plugin, which registers our trainer)
-    from hydra import compose, initialize_config_module
 
     from verl_grad_routing.config import parse
     from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
@@ -82,14 +93,10 @@ def trainer(queue: Queue) -> Callable[..., Any]:
     from verl_grad_routing.training.trainer import GradRoutingTrainer
 
     def make(engine: Engine, *overrides: str) -> Any:
-        given = ["+grad_routing=confessions", "+grad_routing/environment=loopholes", "+grad_routing/hardware=cpu"]
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            config = compose("ppo_trainer", [*given, *overrides])
-        from omegaconf import OmegaConf
-
         made = GradRoutingTrainer.__new__(GradRoutingTrainer)
-        made.config, made.tokenizer, made.global_steps = config, build_tokenizer(ALPHABET), 1
-        made.settings = parse(OmegaConf.to_container(config.grad_routing, resolve=True))
+        made.config = OmegaConf.merge(composed(), OmegaConf.from_dotlist(list(overrides)))
+        made.tokenizer, made.global_steps = build_tokenizer(ALPHABET), 1
+        made.settings = parse(OmegaConf.to_container(made.config.grad_routing, resolve=True))
         made.timing_raw, made.validated = {}, []
         made.get_llm_client = lambda: engine
         return made

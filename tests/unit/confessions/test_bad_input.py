@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from verl_grad_routing.errors import UserError
 
@@ -26,15 +27,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def check(folder: Path, *overrides: str, preset: str = "confessions") -> None:
+@cache
+def composed(preset: str) -> DictConfig:
     import verl  # noqa: F401  (loads the plugin)
-
-    from verl_grad_routing.training.checks import check
 
     given = [f"+grad_routing={preset}", "+grad_routing/environment=loopholes", "+grad_routing/hardware=cpu"]
     with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("ppo_trainer", [*given, f"grad_routing.environment.dir={folder}", *overrides])
-    check(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))
+        return compose("ppo_trainer", given)
+
+
+def check(folder: Path, *overrides: str, preset: str = "confessions") -> None:
+    from verl_grad_routing.training.checks import check
+
+    config = composed(preset).copy()
+    OmegaConf.set_struct(config, False)
+    config = OmegaConf.merge(config, OmegaConf.from_dotlist([f"grad_routing.environment.dir={folder}", *overrides]))
+    check(OmegaConf.to_container(config, resolve=True, throw_on_missing=False))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("preset", ["confessions", "seal_broken"])
@@ -61,7 +69,7 @@ BAD = {
     "stock engine": (STOCK, "grad_routing.blocks.enabled", "set true"),
     "reward model": (["reward.reward_model.enable=true"], "reward.reward_model.enable", "set false"),
     "sampler": (["trainer.v1.sampler.custom_sampler.path=x.py"], "custom_sampler.path", "unset"),
-    "unknown key": ([f"+{KEY}.sealed=true"], f"{KEY}.sealed", "mode"),
+    "unknown key": ([f"{KEY}.sealed=true"], f"{KEY}.sealed", "mode"),
     "unknown format": ([f"{KEY}.format=tag"], f"{KEY}.format", "self_tag"),
 }
 
