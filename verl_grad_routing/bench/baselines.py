@@ -174,7 +174,8 @@ def _fingerprints(bench: Bench) -> tuple[Callable[[], None], Callable[[], None]]
     probe = GradientProbe(layers=LAYERS_READ)
 
     def taken() -> None:
-        bench.infer(bench.batch, **{ASKED: probe})
+        asked: dict[str, Any] = {ASKED: probe}
+        bench.infer(bench.batch, **asked)
 
     def both_ways() -> None:
         data = bench.batch.copy()
