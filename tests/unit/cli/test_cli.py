@@ -37,7 +37,19 @@ def one_line(text: str) -> str:
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "--help")
     assert status == 0
-    for command in ("doctor", "list", "prepare", "export", "bench", "demo", "compare", "report", "warm-up", "drift", "retain"):
+    for command in (
+        "doctor",
+        "list",
+        "prepare",
+        "export",
+        "bench",
+        "demo",
+        "compare",
+        "report",
+        "warm-up",
+        "drift",
+        "retain",
+    ):
         assert command in out
     status, out, _ = run(capsys, "bench", "--help")
     assert status == 0 and "kernel" in out and "step" in out and "grader" in out
