@@ -113,12 +113,12 @@ def test_the_direction_is_that_of_the_pairs_gradients(trainer) -> None:
 def test_every_rollout_is_scored_and_no_pass_of_verls_is_read(trainer) -> None:
     made = trainer(score="cosine", score_pass="reference")
     batch = KVBatchMeta([f"k{row}" for row in range(5)], [{} for _ in range(5)], "train", None, {})
-    assert made._gradient_scores(batch).tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]]
+    assert made._gradient_scores(batch, made.readers[0]).tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]]
     asked = made.actor_rollout_wg.asked[-1]
     request = asked["bottleneck_gradients"]
     assert request.cosine and torch.equal(request.vectors_DMr, made.detector.directions_DLd)
     assert asked["no_lora_adapter"] is True and asked["ablate_quarantine"] is False
-    assert made.timing_raw["gradient_scores"] > 0 and made.reads_gradients and not made.reads_activations
+    assert made.timing_raw["gradient_scores"] > 0 and not made.readers[0].in_passes
     with made._probing(batch, "reference"):
         assert "probe" not in batch.extra_info
 

@@ -72,14 +72,6 @@ class Scoring(Sampling):
         """Every detector of the run, its own first."""
         return [self.detector] if self.routed else []
 
-    @property
-    def reads_activations(self) -> bool:
-        return self.routed and self.detector.needs_directions
-
-    @property
-    def reads_fingerprints(self) -> bool:
-        return self.routed and self.detector.needs_fingerprints
-
     # ---- the directions ----
 
     def _load_checkpoint(self) -> None:
