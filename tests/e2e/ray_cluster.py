@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import socket
 import subprocess
@@ -14,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Between the ports that Ray gives its workers and those that the system gives to whoever asks: two Rays that start side
-# by side would otherwise meet on one port, which gRPC lets them share, and each would refuse the other's calls.
+# Between the ports that Ray gives its workers and those that the system gives to whoever asks: gRPC would let two Rays
+# that start side by side share one.
 PORTS = range(20000, 32000)
 STARTS = 3
 PATIENCE_S = 90.0
@@ -27,6 +28,31 @@ def ray_cluster(folder: Path) -> Iterator[str]:
 
     Its first job is taken, see ``lane`` in conftest.py. A start that nobody can connect to is given up for another.
     """
+    with _token():
+        yield from _started(folder)
+
+
+@contextmanager
+def _token() -> Iterator[None]:
+    """A token of our own, for Ray and for everybody who connects from inside.
+
+    Left to itself, ``ray start`` asks for a token where one lies in the home folder, which any local Ray may have put
+    there, while those who connect send none.
+    """
+    ours = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex * 2}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _started(folder: Path) -> Iterator[str]:
     for attempt in range(STARTS):
         log, port, mark = folder / f"log-{attempt}.txt", _free_port(), f"vgr-{uuid.uuid4().hex}"
         address = f"127.0.0.1:{port}"
