@@ -12,13 +12,13 @@ import torch
 from tests.e2e.conftest import SMALL, Train
 from verl_grad_routing.deploy import export
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1000)]
 
 STEPS = 3
 LOUD = "actor_rollout_ref.actor.optim.lr=0.002"  # so that a stale rollout engine would be seen
 
 
-@pytest.mark.parametrize("preset", ["sgtm", "cloud"])
+@pytest.mark.parametrize("preset", ["sgtm", pytest.param("cloud", marks=pytest.mark.slow)])
 def test_whole_weights_reach_the_rollout_engine_and_the_export(
     preset: str, train: Train, environment: Path, tmp_path: Path
 ) -> None:

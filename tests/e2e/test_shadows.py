@@ -47,9 +47,8 @@ def test_shadows_are_compared_and_change_nothing(train: Train, tmp_path: Path) -
     assert set(torch.load(theirs / "grad_routing_compare.pt", weights_only=False)) == set(NAMES)
     same = [key for key in alone.keys if key.startswith(("routing/", "detector/", "gate/", "actor/pg_loss"))]
     assert len(same) > 10
-    assert {key: alone.curve(key).values.tolist() for key in same} == {
-        key: watched.curve(key).values.tolist() for key in same
-    }
+    for key in same:  # rollouts arrive in another order, and sums round by it
+        assert watched.curve(key).values.tolist() == pytest.approx(alone.curve(key).values.tolist(), rel=1e-12), key
 
     for name in NAMES:
         own = f"compare/{name}"
