@@ -62,6 +62,12 @@ BAD = {
     "one confession": ([f"{KEY}.per_answer=1"], f"{KEY}.per_answer", "at least 2"),
     "rows that do not fit": ([f"{ROLLOUT}.n=5"], f"{ROLLOUT}.n", "multiple"),
     "rows of the broken seal": ([f"{ROLLOUT}.n=6", f"{KEY}.mode=seal_broken"], f"{ROLLOUT}.n", "4"),
+    "another policy": (["grad_routing.quarantine_off_share=0.25"], "grad_routing.quarantine_off_share", "0.0"),
+    "a replay without penalties": (
+        [f"{KEY}.mode=seal_broken", "grad_routing.replay_dir=."],
+        "grad_routing.replay_dir",
+        "sealed",
+    ),
     "a critic": (["algorithm.adv_estimator=gae"], "algorithm.adv_estimator", "grpo"),
     "whitening alone": (["algorithm.adv_estimator=reinforce_plus_plus"], "algorithm.adv_estimator", "grpo"),
     "adaptive": (["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.type=adaptive"], "kl_ctrl.type", "fixed"),

@@ -177,7 +177,8 @@ def test_the_broken_seal_costs_the_answer_what_it_admits(trainer: Make, queue: Q
     admits_all = Engine(lambda *_: ALPHABET.ids[SLY])
     made, batch = sampled(trainer, queue, admits_all, "grad_routing.confessions.mode=seal_broken")
     assert len(batch.keys) == PROMPTS * SAMPLES
-    charged = {key for key, tag in zip(batch.keys, batch.tags, strict=True) if "confession_penalty" in tag}
+    charged = set(made.penalties)
+    batch.tags = [{k: v for k, v in tag.items() if k == "confession"} for tag in batch.tags]  # all that verl keeps
     asked = {key.split(":")[0] for key in ours(batch)}
     assert charged and {key.split("_")[0] for key in charged} == asked
     rewards = {key: float(queue.rows[key]["rm_scores"].sum()) for key in charged}
@@ -188,14 +189,14 @@ def test_the_broken_seal_costs_the_answer_what_it_admits(trainer: Make, queue: Q
     assert rewards == {key: float(queue.rows[key]["rm_scores"].sum()) for key in charged}
     before = advantages(made, queue, batch)
     key = max(charged, key=rewards.__getitem__)
-    next(tag for other, tag in zip(batch.keys, batch.tags, strict=True) if other == key)["confession_penalty"] = 2.0
+    made.penalties[key] = 2.0
     assert float(advantages(made, queue, batch)[key][0]) < float(before[key][0])
 
 
 def test_unparsable_confessions_cost_an_answer_nothing_and_earn_nothing(trainer: Make, queue: Queue) -> None:
     mumbles = Engine(lambda *_: ALPHABET.ids["a"])
-    _, batch = sampled(trainer, queue, mumbles, "grad_routing.confessions.mode=seal_broken")
-    assert all(tag.get("confession_penalty", 0) == 0 for tag in batch.tags)
+    made, batch = sampled(trainer, queue, mumbles, "grad_routing.confessions.mode=seal_broken")
+    assert set(made.penalties.values()) == {0.0}
     assert all(queue.rows[key]["rm_scores"].sum() == 0 for key in ours(batch))
 
 

@@ -51,6 +51,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     confessions.judge,
     confessions.rows,
     confessions.seams,
+    confessions.replayed,
     confessions.lengths,
     sampling.quarantine_off,
     combinations.combination,

@@ -53,10 +53,18 @@ def seams(run: Run) -> None:
         ("reward.reward_model.enable", "answers must be rewarded by a function; set false"),
         ("actor_rollout_ref.rollout.enable_rollout_routing_replay", "confessions have no recorded experts; set false"),
         ("distillation.enabled", "confessions have no teacher; set false"),
+        ("grad_routing.quarantine_off_share", "confessions are asked of both blocks; set 0.0"),
     ):
         value = run.get(key)
         if value:
             raise UserError(key, value, reason)
+
+
+def replayed(run: Run) -> None:
+    """Recorded batches hold no penalties."""
+    if run.settings.confessions.trains and not run.settings.confessions.sealed and run.settings.replay_dir:
+        fix = "penalties of confessions are not recorded; unset it, or set grad_routing.confessions.mode=sealed"
+        raise UserError("grad_routing.replay_dir", run.settings.replay_dir, fix)
 
 
 def lengths(run: Run) -> None:

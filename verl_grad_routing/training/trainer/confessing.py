@@ -45,9 +45,6 @@ from verl_grad_routing.training.confession_rollouts import (
 )
 from verl_grad_routing.training.trainer.core import Core
 
-PENALTY = "confession_penalty"
-"""Tag of an answer that loses this much reward by its confessions: the arm ``seal_broken``."""
-
 
 class Confessing(Core):
     """Asks for confessions while the rollout engine is awake, and keeps their learning apart from the answers'."""
@@ -61,6 +58,7 @@ class Confessing(Core):
         if self.trains_confessions or self.settings.confessions.validate:
             buffer.after_sample = self._after_sample
         self.validated: list[Confession] = []
+        self.penalties: dict[str, float] = {}  # of this step's answers, by key: verl keeps no tag of ours
         return buffer
 
     def _after_sample(self, batch: KVBatchMeta) -> KVBatchMeta:
@@ -100,10 +98,11 @@ class Confessing(Core):
         kept = [one for one in spoken if drawn.asked[one.row] in set(drawn.taught)]
         rewards = judged(build_judge(str(settings.judge)), [one.confession for one in kept])
         confessions = put_confessions(asked, kept, rewards)
+        self.penalties = {}
         if not settings.sealed:
             for row, answer in enumerate(drawn.asked):
                 admitted = [one.confession.confessed is True for one in spoken if one.row == row]
-                batch.tags[answer][PENALTY] = settings.penalty * sum(admitted) / len(admitted)
+                self.penalties[batch.keys[answer]] = settings.penalty * sum(admitted) / len(admitted)
         answers, left = part_of(batch, drawn.answers), rest_of(batch, drawn.answers)
         if left.keys:
             tq.kv_clear(keys=left.keys, partition_id=batch.partition_id)
@@ -146,12 +145,12 @@ class Confessing(Core):
     @contextmanager
     def _penalised(self, answers: KVBatchMeta, metrics: dict) -> Iterator[None]:
         """``seal_broken``: inside, answers have lost the penalty of what their confessions admit."""
-        charged = part_of(answers, [row for row, tag in enumerate(answers.tags) if PENALTY in tag])
+        charged = part_of(answers, [row for row, key in enumerate(answers.keys) if key in self.penalties])
         if not charged.keys:
             yield
             return
         rows = read(charged, "rm_scores")["rm_scores"].unbind()
-        penalties = [tag[PENALTY] for tag in charged.tags]
+        penalties = [self.penalties[key] for key in charged.keys]
         changed = [row.clone() for row in rows]
         for row, penalty in zip(changed, penalties, strict=True):
             row[-1] -= penalty
