@@ -49,12 +49,11 @@ def test_the_held_out_monitor_watches_every_step(inoculated: tuple[Run, Path]) -
     assert all(recall == 1 for recall in finite(run, "monitor/heldout/recall"))
 
 
-def test_a_probe_fitted_on_recorded_rollouts_penalises(
-    inoculated: tuple[Run, Path], environment: Path, train: Train, tmp_path: Path
-) -> None:
-    _, folder = inoculated
+def test_a_probe_fitted_on_recorded_rollouts_penalises(environment: Path, train: Train, tmp_path: Path) -> None:
+    batches = tmp_path / "batches"  # of a run that is not inoculated: that one hacks in every rollout
+    train("absorb", STEPS, *SMALL, "data.train_batch_size=16", f"grad_routing.record_dir={batches}", name="recorded")
     settings = FitSettings(held_out=0.4)
-    probe = fit_on_rollouts(environment / "model", folder / "batches", "hack", "labels", (), "resp_mean", settings)
+    probe = fit_on_rollouts(environment / "model", batches, "hack", "labels", (), "resp_mean", settings)
     assert probe.layers == (2, 3) and probe.report["held_out_auroc"] > 0.9
     save_probe(probe, tmp_path / "probe.safetensors")
     run = train("probe_penalty", 2, *SMALL, f"grad_routing.detector.probe={tmp_path / 'probe.safetensors'}")
