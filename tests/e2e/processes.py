@@ -21,12 +21,17 @@ OWN_RAY = "++ray_kwargs.ray_init.address=local"
 
 
 def start(folder: Path, arguments: Sequence[str], environment: dict[str, str] | None = None) -> subprocess.Popen:
-    """``main_ppo`` in a session of its own and with a Ray of its own, metrics and log in ``folder``."""
+    """``main_ppo`` in a session of its own, metrics and log in ``folder``; with a Ray of its own unless given another.
+
+    Hydra's flags come first: its parser takes none after an override.
+    """
+    flags = [argument for argument in arguments if argument.startswith("--")]
+    overrides = [argument for argument in arguments if not argument.startswith("--")]
     folder.mkdir(parents=True, exist_ok=True)
     own = {"VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"), "HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
     with (folder / "log.txt").open("wb") as log:
         return subprocess.Popen(
-            [*MAIN, *arguments, OWN_RAY, "trainer.logger=[console,file]", f"hydra.run.dir={folder / 'hydra'}"],
+            [*MAIN, *flags, OWN_RAY, *overrides, "trainer.logger=[console,file]", f"hydra.run.dir={folder / 'hydra'}"],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | own | (environment or {}),
