@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from verl_grad_routing.config import BlocksConfig
+from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import Registry
 from verl_grad_routing.routing import RoutingContext
 from verl_grad_routing.training.block_step import BlockStep
@@ -56,8 +57,13 @@ class BlockKind(ABC):
         return module
 
     def add_adapters(self, module: nn.Module, model_config: Any) -> nn.Module:
-        """Instead of verl's own adapter, where the run has one (``lora_rank`` above 0)."""
-        raise NotImplementedError
+        """Instead of verl's own adapter, where the run has one (``lora_rank`` above 0).
+
+        Raises:
+            UserError: This kind of blocks has no adapters.
+        """
+        del module
+        raise UserError("actor_rollout_ref.model.lora_rank", model_config.lora_rank, f"set 0 with kind={self.name}")
 
     @abstractmethod
     def set_masks(self, micro_batch: TensorDict, masks: tuple[Tensor, Tensor], to_tokens: ToTokens) -> None:
