@@ -18,6 +18,8 @@ PRESETS = {"off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "orac
 PRESETS |= {"tdga", "gradient_regularization", "confessions", "seal_broken"}
 PRESETS |= {"labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "retain_pass"}
 PRESETS |= {"corda", "scorda", "scorda_rev", "persona_grad", "random_grad"}
+PRESETS |= {"advantage_modification", "grift_mask", "grift_filter", "monitor_penalty", "screen", "inoculation"}
+PRESETS |= {"self_report"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

@@ -144,6 +144,12 @@ def test_bad_input_is_one_line_with_key_and_fix(folder: Path, name: str) -> None
     assert key in message and fix in message and "\n" not in message
 
 
+@pytest.mark.parametrize("preset", ["advantage_modification", "screen"])
+def test_a_rollout_that_is_alone_is_compared_with_nothing(folder: Path, preset: str) -> None:
+    with pytest.raises(UserError, match=r"rollout\.n=1: .* compares the rollouts of a prompt; set at least 2"):
+        check(folder, f"{ROLLOUT}.n=1", preset=preset)
+
+
 OFF, APART = "grad_routing.quarantine_off", "grad_routing.quarantine_off_unit=rollout"
 BAD_SHARES = {
     "all": ([f"{OFF}_share=1.0"], f"{OFF}_share", "[0, 1)"),

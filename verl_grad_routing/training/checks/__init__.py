@@ -21,6 +21,7 @@ from verl_grad_routing.training.checks import (
     monitors,
     sampling,
     start,
+    warm_up,
 )
 from verl_grad_routing.training.checks.run import MISSING, Run, get
 
@@ -37,6 +38,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     model.merge,
     methods.passes,
     start.files,
+    warm_up.card,
     methods.pairs,
     methods.groups,
     methods.fingerprints,
