@@ -94,8 +94,8 @@ def off_switches(world: World) -> dict[str, dict[str, list[str]]]:
 
     def different(switch: Switch, on: bool) -> list[str]:
         found, plain = trained(world, switch, on), vanilla[switch.dense]
-        assert found.keys() == plain.keys()
-        return [key for key, value in plain.items() if not torch.equal(value, found[key])]
+        same = {key for key in plain.keys() & found.keys() if torch.equal(plain[key], found[key])}
+        return sorted({*plain, *found} - same)
 
     return {
         name: {"off": different(switch, False), "on": different(switch, True) if switch.acts else []}
