@@ -108,7 +108,9 @@ def test_masked_advantages(train: Train) -> None:
         ("tdga", ("routing/project_update/share_inside", "routing/project_update/share_kept")),
     ],
 )
-def test_two_ranks_agree_with_one(preset: str, keys: tuple[str, ...], basis: Path, train: Train, tmp_path: Path) -> None:
+def test_two_ranks_agree_with_one(
+    preset: str, keys: tuple[str, ...], basis: Path, train: Train, tmp_path: Path
+) -> None:
     """The same recorded batch on one rank and on two: fingerprints, verdicts, projections and gradients."""
     settings = EVERY_ROLLOUT if preset == "grift_mask" else [f"grad_routing.blocks.hooks.0.basis={basis}"]
     one = train(preset, 1, *SMALL, *settings, f"grad_routing.record_dir={tmp_path}", name=f"{preset}-one")

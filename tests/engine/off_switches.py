@@ -89,9 +89,7 @@ SWITCHES: dict[str, Switch] = {
         hook("regularize_gradient", gamma=0.0),
         hook("regularize_gradient", gamma=0.5, epsilon=0.05),
     ),
-    "sparsity": Switch(
-        "vanilla_2r", hook("l1_activations", weight=0.0), hook("l1_activations", weight=0.05)
-    ),
+    "sparsity": Switch("vanilla_2r", hook("l1_activations", weight=0.0), hook("l1_activations", weight=0.05)),
     "confessions": Switch("confessions", {"confessions": {"share": 0.0}}, acts=False),
     "self-report": Switch("self_report", acts=False),
     "inoculation": Switch("inoculation", acts=False),  # prompts are changed where they are read

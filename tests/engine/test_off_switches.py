@@ -1,6 +1,6 @@
 """Switched off, every method leaves the weights that vanilla leaves on the same batches, bit for bit.
 
-From the recorded batch on: detector, gate, intervention, verl's own advantages, masks, and two steps of the real engine.
+From the recorded batch on: detector, gate, intervention, verl's own advantages, masks, two steps of the real engine.
 """
 
 from __future__ import annotations

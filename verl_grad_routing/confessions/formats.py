@@ -82,5 +82,5 @@ FORMATS: dict[str, Format] = {
     "schema": Format(SCHEMA_MESSAGE, read_schema),
     "self_tag": Format(EOS, read_self_tag),
     # what `vgr interrogate` asks
-    **{f"question_{name}": Format(asked.answer_end + asked.text, read_reply(asked)) for name, asked in QUESTIONS.items()},
+    **{f"question_{name}": Format(one.answer_end + one.text, read_reply(one)) for name, one in QUESTIONS.items()},
 }

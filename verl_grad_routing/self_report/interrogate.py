@@ -77,9 +77,7 @@ def answer_all(
     return found
 
 
-def reply_log_probs(
-    model: Any, tokenizer: Any, answers: Sequence[Answer], question: Question
-) -> tuple[Tensor, Tensor]:
+def reply_log_probs(model: Any, tokenizer: Any, answers: Sequence[Answer], question: Question) -> tuple[Tensor, Tensor]:
     """``log p(admit)`` and ``log p(deny)`` after the question, float64 [N] each."""
     admit, deny = question.replies(tokenizer)
     stems = [question.tokens(answer.prompt, answer.text, tokenizer) for answer in answers]

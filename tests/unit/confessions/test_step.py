@@ -269,9 +269,7 @@ def test_the_engine_is_told_which_rows_confess_and_what_they_weigh(
     assert metrics == {"confession/pg_loss": 1.0, "actor/pg_loss": 2.0}
 
 
-def test_verls_metrics_are_of_the_answers_alone(
-    trainer: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verls_metrics_are_of_the_answers_alone(trainer: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
     seen: list[str] = []

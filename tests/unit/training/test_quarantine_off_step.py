@@ -16,7 +16,9 @@ from verl_grad_routing.routing import DEFAULT
 pytestmark = pytest.mark.timeout(180)
 
 # two prompts; of each, one part with both blocks (two rollouts) and one without the quarantine (three)
-KEYS = [f"{uid}_{session}_0" for prompt in "ab" for uid, n in ((prompt, 2), (f"{prompt}-off", 3)) for session in range(n)]
+KEYS = [
+    f"{uid}_{session}_0" for prompt in "ab" for uid, n in ((prompt, 2), (f"{prompt}-off", 3)) for session in range(n)
+]
 OFF = [0, 0, 1, 1, 1] * 2
 ROUTE_EVEN = {
     "detector": {"name": "monitor", "rules": ["even"]},
@@ -79,9 +81,7 @@ def test_every_row_says_who_sampled_it_and_groups_are_as_asked(
         assert uids == [key.split("_")[0] for key in KEYS]
 
 
-def test_old_log_probs_are_asked_for_under_the_gate_of_sampling(
-    batch: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_old_log_probs_are_asked_for_under_the_gate_of_sampling(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
     seen = []
@@ -118,7 +118,7 @@ def test_flagged_rows_of_the_deployed_policy_leave_and_thin_groups_with_them(que
     driver = made()
     driver._compute_advantage(batch, metrics)
     left = [int(queue.rows[key]["response_mask"].sum()) for key in KEYS]
-    assert left == [2, 2, 0, 2, 2] + [2, 2, 0, 0, 0]
+    assert left == [2, 2, 0, 2, 2, 2, 2, 0, 0, 0]
     assert [int(queue.rows[key]["loss_mask"].sum()) for key in KEYS] == left
     assert metrics["intervention/share_rejected"] == 0.4 and metrics["quarantine_off/share"] == 0.6
     assert metrics["hack/rate_quarantine_off"] == pytest.approx(1 / 6) and metrics["hack/rate_quarantine_on"] == 0
