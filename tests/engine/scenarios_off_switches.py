@@ -14,7 +14,7 @@ from tests.engine.dense_reference import SETTINGS as DENSE
 from tests.engine.off_switches import NARROW, SWITCHES, WHOLE, Switch, settings
 from tests.engine.rollouts import RICH, Rollout
 from tests.engine.scenarios_methods import directions
-from tests.engine.world import World, parameters, scenario, state
+from tests.engine.world import World, fill, parameters, scenario, state
 from tests.modules.driver import GROUP, trainer
 from tests.modules.memory_queue import Queue
 from verl_grad_routing.config import parse
@@ -69,7 +69,14 @@ def taught(made: Any, rollouts: list[Rollout], step: int) -> tuple[list[Rollout]
     return rows, asked
 
 
-def trained(world: World, switch: Switch, on: bool) -> Mapping[str, Tensor]:
+def as_started(world: World, engine: Any) -> Any:
+    """The engine without hooks, adapters and optimizer as they were: most methods need no other, so there is one."""
+    fill(engine, world.inputs.adapters["equal"])
+    engine.optimizer.state.clear()
+    return engine
+
+
+def trained(world: World, plain: Any, switch: Switch, on: bool) -> Mapping[str, Tensor]:
     """Weights and optimizer state after two recorded batches."""
     config = parse(settings(switch, on))
     hooks = [dict(hook) for hook in config.blocks.hooks]
@@ -77,7 +84,8 @@ def trained(world: World, switch: Switch, on: bool) -> Mapping[str, Tensor]:
         if hook.get("basis") in (NARROW, WHOLE):
             hook["basis"] = str(world.scratch / f"off-{hook['basis']}.safetensors")
     blocks = {**(DENSE if switch.dense else {}), "hooks": hooks}
-    engine, made = world.engine(blocks=blocks), trainer(config)
+    engine = world.engine(blocks=blocks) if hooks or switch.dense else as_started(world, plain)
+    made = trainer(config)
     for step, rollouts in ((1, world.rollouts), (2, world.rollouts[::-1])):
         rows, asked = taught(made, rollouts, step)
         world.train(engine, rows, RICH, micro=4, **asked)
@@ -90,12 +98,13 @@ def off_switches(world: World) -> dict[str, dict[str, list[str]]]:
     for name in (NARROW, WHOLE):
         made = directions(world.inputs.adapters["equal"], identity=name == WHOLE)
         save_basis(made, world.scratch / f"off-{name}.safetensors")
-    vanilla = {dense: trained(world, switch, on=True) for dense, switch in VANILLA.items()}
+    plain = world.engine()
+    vanilla = {dense: trained(world, plain, switch, on=True) for dense, switch in VANILLA.items()}
 
     def different(switch: Switch, on: bool) -> list[str]:
-        found, plain = trained(world, switch, on), vanilla[switch.dense]
-        same = {key for key in plain.keys() & found.keys() if torch.equal(plain[key], found[key])}
-        return sorted({*plain, *found} - same)
+        found, ours = trained(world, plain, switch, on), vanilla[switch.dense]
+        same = {key for key in ours.keys() & found.keys() if torch.equal(ours[key], found[key])}
+        return sorted({*ours, *found} - same)
 
     return {
         name: {"off": different(switch, False), "on": different(switch, True) if switch.acts else []}
