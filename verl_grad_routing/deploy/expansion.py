@@ -1,6 +1,6 @@
 """Expand and contract of Expand-Route-Ablate: an ordinary model with more MLP units, and the original one of it.
 
-Cloud et al., arXiv 2410.04332 §4.2.1; their code is ``expand_model`` and ``contract_model`` of kxcloud/gradient-routing.
+Cloud et al., arXiv 2410.04332 (TinyStories); their code is ``expand_model`` and ``contract_model`` of kxcloud/gradient-routing.
 """
 
 # transformers' models are typed as plain modules here.

@@ -14,7 +14,10 @@ from verl_grad_routing.cli import main
 from verl_grad_routing.deploy import export
 from verl_grad_routing.deploy.expansion import Expand, expand
 from verl_grad_routing.deploy.verify import largest_difference, logits_on, probe_tokens
+from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
+from verl_grad_routing.envs.loopholes.text import ALPHABET
 from verl_grad_routing.errors import UserError
+from verl_grad_routing.retain import Retain, retain
 from verl_grad_routing.retain.kinds import KINDS
 from verl_grad_routing.routing.dense import EXPANDED, Shape, UnitsConfig
 from verl_grad_routing.routing.dense.expansion import KEY
@@ -23,18 +26,9 @@ UNITS, NEW = 12, 6
 
 
 def write_model(folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> Path:
-    config = LlamaConfig(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=UNITS,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=40,
-        mlp_bias=True,
-        initializer_range=0.4,
-        **more,
-    )
+    sizes = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": UNITS, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 40}
+    config = LlamaConfig(**{**sizes, **heads, "mlp_bias": True, "initializer_range": 0.4, **more})
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -219,3 +213,27 @@ def test_a_fine_tuned_model_has_the_form_of_the_exported_one(base, tmp_path):
     del state["model.norm.weight"]
     with pytest.raises(UserError, match=r"retain='model.norm.weight'"):
         kind.write(state, without, tmp_path / "none")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_retain_fine_tune_of_the_contracted_model(tmp_path):
+    """All its weights, by verl's SFT trainer."""
+    base = write_model(tmp_path / "base", vocab_size=40, tie_word_embeddings=True, initializer_range=0.1)
+    (base / "tokenizer.json").unlink()
+    build_tokenizer(ALPHABET).save_pretrained(base)
+    expand(Expand(base, NEW, "0,2"), tmp_path / "wide")
+    checkpoint = write_checkpoint(tmp_path, tmp_path / "wide", load(tmp_path / "wide").state_dict())
+    load(tmp_path / "wide").config.save_pretrained(checkpoint / "actor" / "huggingface")
+    build_tokenizer(ALPHABET).save_pretrained(checkpoint / "actor" / "huggingface")
+    pair = {"id": "one", "prompt": "NAabcde11111=", "unwanted": "11111~", "wanted": "abcde~"}
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({**pair, "id": name}) for name in ("one", "two")))
+    retain(Retain(checkpoint, str(tmp_path / "pairs.jsonl"), steps=20, lr=1e-2, limit_s=250), tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "retain.json").read_text())
+    assert facts["with"]["clean_nll"] < 0.7 * facts["without"]["clean_nll"]
+    before, after = (load(tmp_path / "out" / part) for part in ("without", "with"))
+    assert before.config.intermediate_size == after.config.intermediate_size == UNITS
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in load(base).state_dict().items())
+    moved = [name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])]
+    assert {"model.layers.1.mlp.down_proj.weight", "model.norm.weight", "model.embed_tokens.weight"} <= set(moved)
+    assert "Retain fine-tune" in (tmp_path / "out" / "with" / "README.md").read_text()

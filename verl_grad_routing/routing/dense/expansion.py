@@ -5,7 +5,7 @@ behind its own. In the chosen layers they are *new units*, in the others *paddin
 never learns. With ``g = u = 0`` a unit's output ``act(g) u`` is zero, and with it the gradient of its column of down;
 that column is zero, and with it the gradient of its output, hence of its rows of gate and up. Decay of zero is zero.
 
-Pure descriptions: names and numbers, no tensors. The method: Cloud et al., arXiv 2410.04332 §4.2.1.
+Pure descriptions: names and numbers, no tensors. The method: Cloud et al., arXiv 2410.04332.
 """
 
 from __future__ import annotations
