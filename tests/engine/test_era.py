@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tests.engine.dense_reference import ON, Adam, DenseReference
-from tests.engine.rollouts import ROUTE, routed
+from tests.engine.rollouts import KEEP, ROUTE, routed
+from verl_grad_routing.deploy import export
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -44,7 +45,7 @@ def test_steps_are_adam_of_each_block_and_padding_stays_exactly_zero(world, inpu
     assert found["held"] == ["deployed", "quarantine"]
     own = EraReference(found["model"])
     adam = Adam(own, lr=1e-2, decay=0.1, clip=1.0)
-    for index, kind in enumerate((None, ROUTE, 0)):
+    for index, kind in enumerate((None, ROUTE, KEEP)):
         rows = inputs.rollouts if kind is None else routed(inputs.rollouts, kind)
         norms = adam.step(own.gradients(rows, table=MASKS), (True, True))
         for block, norm in zip(("deployed", "quarantine"), norms, strict=True):
@@ -62,11 +63,11 @@ def test_steps_are_adam_of_each_block_and_padding_stays_exactly_zero(world, inpu
         assert not new.any() or not torch.equal(value[new], last[name][new]), name
 
 
-def test_what_is_exported_is_the_ablated_engine_at_the_original_size(world, inputs):
+def test_what_is_exported_is_the_ablated_engine_at_the_original_size(world, inputs, tmp_path):
     found = world["era"]
-    folder, difference, effect = found["exported"]
-    assert difference < 1e-4 and effect > 0.1
-    model = LlamaForCausalLM.from_pretrained(folder)
+    done = export(found["checkpoint"], tmp_path / "out", "hf")
+    assert done.difference.maximum < 1e-4 and done.quarantine_effect > 0.1
+    model = LlamaForCausalLM.from_pretrained(done.folder)
     assert model.config.intermediate_size == OLD
     for name, value in model.state_dict().items():
         whole = found["values"][-1][name]
