@@ -12,7 +12,9 @@ def expand(
     model: Annotated[Path, typer.Argument(help="Folder of a Hugging Face decoder of Llama's kind.")],
     to: Annotated[Path, typer.Option("--to", help="New folder for the expanded model.")],
     mlp_units: Annotated[int, typer.Option(help="New MLP units of every chosen layer.")] = 64,
-    layers: Annotated[str | None, typer.Option(help='Layers that get them, from 0, as "0-4,7"; all by default.')] = None,
+    layers: Annotated[
+        str | None, typer.Option(help='Layers that get them, from 0, as "0-4,7"; all by default.')
+    ] = None,
     out_side: Annotated[
         str, typer.Option(help="What leads from new units: zero, the model computes what it did; or random.")
     ] = "zero",

@@ -80,9 +80,9 @@ _REMOVED = {
         "them and what leads from them. The result equals the training model with the quarantine ablated."
     ),
     "expanded": (
-        "The quarantine block was deleted: it was units that had been added to the model before training, and they were "
-        "cut off again. The files hold a model of the original size; of its quarantine nothing is left but zeros, where "
-        "old heads were in it too. The result equals the training model with the quarantine ablated."
+        "The quarantine block was deleted: it was units that had been added to the model before training, and they are "
+        "cut off again: the files hold a model of the original size. Heads that were in it too are zero. The result "
+        "equals the training model with the quarantine ablated."
     ),
 }
 

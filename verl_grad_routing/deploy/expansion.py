@@ -1,6 +1,7 @@
 """Expand and contract of Expand-Route-Ablate: an ordinary model with more MLP units, and the original one of it.
 
-Cloud et al., arXiv 2410.04332 (TinyStories); their code is ``expand_model`` and ``contract_model`` of kxcloud/gradient-routing.
+Cloud et al., arXiv 2410.04332, the TinyStories experiment; ``expand_model`` and ``contract_model`` of their code
+(kxcloud/gradient-routing).
 """
 
 # transformers' models are typed as plain modules here.
@@ -124,14 +125,14 @@ def expand(settings: Expand, to: Path) -> Expanded:
     return Expanded(to, expansion, largest_difference(before, after))
 
 
-def contract(model: nn.Module, expansion: Expansion) -> None:
+def contract(model: Any, expansion: Expansion) -> None:
     """Take new units and padding away, in place: a model of the original size that knows nothing of an expansion."""
     _resize(model, lambda name, tensor: narrowed(name, tensor, expansion))
     model.config.intermediate_size = expansion.original
     delattr(model.config, KEY)
 
 
-def _resize(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
+def _resize(model: Any, change: Callable[[str, Tensor], Tensor]) -> None:
     for name, module in model.named_modules():
         for own, parameter in list(module._parameters.items()):
             if parameter is None or unit_dim(f"{name}.{own}") is None:
@@ -141,7 +142,7 @@ def _resize(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
             module.out_features, module.in_features = module.weight.shape
 
 
-def _check_architecture(model: nn.Module, expansion: Expansion, path: str) -> None:
+def _check_architecture(model: Any, expansion: Expansion, path: str) -> None:
     """Every layer has gate, up and down of the size that the configuration says, and nothing is of another kind."""
     shape = Shape.of(model.config.to_dict(), path)
     blocks = DenseBlocks(shape, expansion.layers, (), ())

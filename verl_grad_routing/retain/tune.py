@@ -75,7 +75,7 @@ class Retain:
             raise UserError("--max-new-tokens", self.max_new_tokens, "give at least 1")
 
     def training(self, start: Path, own: Sequence[str]) -> WarmUp:
-        """The training of the model in the folder ``start`` as verl's SFT trainer takes it, with its ``own`` settings."""
+        """The training of the model in the folder ``start`` by verl's SFT trainer, with its ``own`` settings."""
         settings = {"steps": self.steps, "lr": self.lr, "batch_size": self.batch_size, "ranks": self.ranks}
         overrides = (*own, *self.overrides)
         return WarmUp(
