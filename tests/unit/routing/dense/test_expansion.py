@@ -1,6 +1,6 @@
 """New MLP units of an expanded model: how they start, that they are the quarantine, and that padding stays dead.
 
-Method: Expand-Route-Ablate of Cloud et al., arXiv 2410.04332; its weights on gradients are ``α h + (1 - α) sg(h)`` there.
+Method: Expand-Route-Ablate, Cloud et al., arXiv 2410.04332; weights on gradients as ``α h + (1 - α) sg(h)`` there.
 """
 
 from __future__ import annotations
