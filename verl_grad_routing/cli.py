@@ -18,6 +18,7 @@ from verl_grad_routing.commands import retain, tables
 from verl_grad_routing.commands import self_report as self_report_commands
 from verl_grad_routing.commands.bench_routing import routing
 from verl_grad_routing.commands.contrast import contrast
+from verl_grad_routing.commands.expand import expand
 from verl_grad_routing.commands.pairs import pairs
 from verl_grad_routing.commands.rft import rft_command
 from verl_grad_routing.errors import UserError
@@ -316,6 +317,7 @@ app.command("rft")(rft_command)
 app.command("retain")(retain.retain)
 app.command()(pairs)
 app.command()(contrast)
+app.command()(expand)
 bench.command()(routing)
 
 
