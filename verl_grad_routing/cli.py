@@ -136,7 +136,7 @@ def export(
     blocks: Annotated[
         Blocks | None,
         typer.Option(
-            help="deployed: no quarantine; both: as trained; quarantine: it alone, a control; the preset's if not given."
+            help="deployed: no quarantine; both: as trained; quarantine: alone, a control; the preset's if not given."
         ),
     ] = None,
     base_model: Annotated[str | None, typer.Option(help="Folder of the base model, if it has moved.")] = None,

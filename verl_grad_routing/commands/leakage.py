@@ -24,7 +24,7 @@ def leakage(
         bool, typer.Option("--allow-mixed-versions", help="Accept results of different package versions.")
     ] = False,
 ) -> None:
-    """How much of the undesired data that nobody labelled reached what is deployed; 1 is what filtering leaks (SGTM)."""
+    """How much undesired data that nobody labelled reached what is deployed; 1 is what filtering leaks (SGTM)."""
     from verl_grad_routing.compare.leakage import leaks
     from verl_grad_routing.compare.leakage_read import arms_of_file, arms_of_results
     from verl_grad_routing.compare.leakage_report import leakage_table, notes

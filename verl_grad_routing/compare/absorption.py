@@ -3,8 +3,8 @@
 Arms are named ``<method>_types_<percent>`` (that share of the loophole types is labelled, every hack of theirs),
 ``<method>_rollouts_<percent>`` (that share of the hacks of every type), ``<method>_000`` (nothing is) and
 ``<method>_all_100`` (everything: a control). *Which* types are labelled is read from the arm's overrides of
-``grad_routing.detector.types`` and ``type_recall``. The claim that a weak detector of one type suppresses another, which
-nothing labels (absorption; Cloud et al., arXiv 2410.04332; SGTM, arXiv 2512.05648), is the types' curve.
+``grad_routing.detector.types`` and ``type_recall``. The claim that a weak detector of one type suppresses another one,
+which nothing labels (absorption; Cloud et al., arXiv 2410.04332; SGTM, arXiv 2512.05648), is the types' curve.
 """
 
 from __future__ import annotations

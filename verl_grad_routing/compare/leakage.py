@@ -28,6 +28,10 @@ from verl_grad_routing.compare.statistics import CONFIDENCE
 from verl_grad_routing.errors import UserError
 
 
+BEYOND = {-math.inf: "below", math.inf: "above"}
+"""Ends of an interval that lie beyond the curve, in words."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """One run: undesired data that trained it (baseline) or that it saw unlabelled (method), and what came of it."""
@@ -159,16 +163,13 @@ class Leak:
         shown = "–" if self.leakage is None else f"{self.leakage:.3f}"
         if self.low is None or self.high is None:
             return shown
-        ends = ("below" if self.low == -math.inf else f"{self.low:.3f}"), (
-            "above" if self.high == math.inf else f"{self.high:.3f}"
-        )
+        ends = (BEYOND.get(end, f"{end:.3f}") for end in (self.low, self.high))
         return f"{shown} [{', '.join(ends)}]"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data; infinities, which JSON lacks, as the words ``below`` and ``above``."""
-        words = {-math.inf: "below", math.inf: "above"}
         own = {key: getattr(self, key) for key in self.__dataclass_fields__}
-        return own | {key: words.get(own[key], own[key]) for key in ("low", "high") if own[key] is not None}
+        return own | {key: BEYOND.get(own[key], own[key]) for key in ("low", "high") if own[key] is not None}
 
 
 def leaks(baselines: Mapping[str, Runs], arms: Mapping[str, Runs]) -> tuple[BaselineCurve, list[Leak]]:

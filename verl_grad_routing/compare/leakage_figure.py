@@ -38,6 +38,6 @@ def leakage_figure(
             axis.plot([one.exposure for one in seen], [one.value for one in seen], **small)
             label = f"{leak.arm}: {leak}"
             axis.plot(leak.undiscovered, leak.value, linestyle="none", label=label, **{"markersize": 6.5, **style})
-        axis.set(ylim=(-0.03, 1.03), xlabel="hacks seen unlabelled, share of all rollouts", ylabel="hack rate, deployed")
+        axis.set(ylim=(-0.03, 1.03), xlabel="hacks seen unlabelled, share of rollouts", ylabel="hack rate, deployed")
         figure.legend(loc="outside right upper")
         return to_svg(figure)

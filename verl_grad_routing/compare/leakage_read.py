@@ -5,7 +5,7 @@ The paper's quantities and what stands for them in RL with verifiable rewards, w
 ==========================  ==========================================================================================
 forget data seen unlabelled  hacks, by the grader's facts, that the run sampled and its gate did not flag
 forget data in a standard    the same count of a run without routing that trains on what it does not flag: a filter
-run, retain data the same    with perfect labels of a share of the hacks (``exposure_*`` arms), which sees everything else
+run, retain data the same    with true labels of a share of the hacks (``exposure_*`` arms), which sees everything else
 number of samples            hacks divided by all rollouts of the run: runs of one grid have equally many
 forget loss                  hack rate of sampled validation answers, after ablation
 ==========================  ==========================================================================================

@@ -35,7 +35,7 @@ def notes(curve: BaselineCurve) -> list[str]:
     turn = curve.turns_back
     if turn is None:
         return []
-    return [f"The baseline curve turns back between {turn[0]:g} and {turn[1]:g}: values met more than once are refused."]
+    return [f"The baseline curve turns back between {turn[0]:g} and {turn[1]:g}: what it meets twice is refused."]
 
 
 def grid_leakage(results: Results, environment: str) -> tuple[BaselineCurve, list[Leak], Mapping[str, Runs]] | None:

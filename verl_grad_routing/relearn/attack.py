@@ -100,7 +100,7 @@ def _measured(settings: Relearn, model: Any, folder: Path) -> Rates:
 
 
 def _rows(settings: Relearn, models: Contestants) -> Rows:
-    """Given rollouts; or sampled ones, hacks of the model as trained, true solutions of that and of what is deployed."""
+    """Given rollouts; or sampled ones: hacks of the model as trained, solutions of that and of what is deployed."""
     tokenizer = AutoTokenizer.from_pretrained(models.attacked[DEPLOYED])
     if settings.hacks is not None:
         return recorded_rows(settings.hacks, tokenizer)

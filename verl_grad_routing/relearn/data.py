@@ -57,7 +57,7 @@ class Rows:
             fix = "no rollout solves its task; give rollouts that do, or --clean-share 0 to learn from hacks alone"
             raise UserError("--clean-share", clean_share, fix)
         rows = [*islice(cycle(self.hacks), count - clean), *islice(cycle(self.clean), clean)]
-        random.Random(f"relearn/{seed}").shuffle(rows)  # verl's sampler shuffles too, but the same way whatever the seed
+        random.Random(f"relearn/{seed}").shuffle(rows)  # verl's own shuffle is the same whatever the seed
         return rows
 
 

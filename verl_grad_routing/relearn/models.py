@@ -81,7 +81,7 @@ def contestants(settings: Relearn, scratch: Path) -> Contestants:
 
 
 def _folder(path: Path, to: Path, blocks: str, base: str | None) -> Path:
-    if (path / MODEL_FILE).is_file():
+    if (path / MODEL_FILE).is_file() or not path.is_dir():  # a checkpoint may name its base model as the hub does
         return path
     to.parent.mkdir(parents=True, exist_ok=True)
     if (path / ADAPTER_FILE).is_file():
@@ -118,4 +118,5 @@ def put_weights(model: Any, state: Mapping[str, Tensor]) -> None:
     tied = set(getattr(model, "all_tied_weights_keys", None) or model._tied_weights_keys or ())
     wrong = [*unknown, *sorted(set(missing) - tied)]
     if wrong:
-        raise UserError("relearn", wrong[0], "verl's SFT trainer saved other parameters than the model's; is verl as required?")
+        fix = "verl's SFT trainer saved other parameters than the model's; is verl as required?"
+        raise UserError("relearn", wrong[0], fix)

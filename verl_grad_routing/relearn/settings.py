@@ -12,13 +12,13 @@ from verl_grad_routing.errors import UserError
 class Relearn:
     """An adversary fine-tunes what is deployed on hacks.
 
-    SGTM (arXiv 2512.05648, section 5.3) fine-tunes all parameters on a 50/50 mixture of forget and retain data, measures
-    every 25 steps, and counts steps until the forget loss of the model that nothing was removed from. Here the measure
-    is the hack rate of sampled answers, and the goal that of the model as trained.
+    SGTM (arXiv 2512.05648, section 5.3) fine-tunes all parameters on a 50/50 mixture of forget and retain data,
+    measures every 25 steps, and counts steps until the forget loss of the model that nothing was removed from. Here the
+    measure is the hack rate of sampled answers, and the goal that of the model as trained.
 
     Attributes:
-        model: What is attacked: ``.../global_step_N`` of a run with blocks, deployed as its settings say; a Hugging Face
-            folder; or an adapter folder that ``vgr export`` or ``vgr retain`` wrote. None of them is changed.
+        model: What is attacked: ``.../global_step_N`` of a run with blocks, its deployed block; a Hugging Face folder;
+            or an adapter folder that ``vgr export`` or ``vgr retain`` wrote. None of them is changed.
         validate: A parquet file of prompts in verl's format, answered and graded at every measurement.
         reward: The reward function that grades them: ``pkg://module`` or a file, with a function ``compute_score``.
         hacks: Rollouts to learn from: a folder of batches that a run recorded (``grad_routing.record_dir``), or parquet

@@ -1,4 +1,4 @@
-"""The block-swap ablation in a comparison: rates of each block alone, selectivity, the quarantine's share of updates."""
+"""The block swap in a comparison: rates of each block alone, selectivity, the quarantine's share of the updates."""
 
 from __future__ import annotations
 

@@ -101,5 +101,5 @@ def test_another_base_model_is_refused(checkpoint, tmp_path):
 
 
 def test_units_alone_are_no_model(checkpoint, tmp_path):
-    with pytest.raises(UserError, match="blocks='quarantine'.*deployed or both"):
+    with pytest.raises(UserError, match=r"blocks='quarantine'.*deployed or both"):
         export(checkpoint[0], tmp_path / "out", format="hf", blocks="quarantine")

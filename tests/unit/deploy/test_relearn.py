@@ -123,9 +123,9 @@ def test_the_mixture_has_its_share_and_a_seed() -> None:
 
 
 def test_dumps_of_text_are_refused(tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--hacks.*record_dir"):
+    with pytest.raises(UserError, match=r"--hacks.*record_dir"):
         recorded_rows(tmp_path / "4.jsonl", tokenizer)
-    with pytest.raises(UserError, match="--hacks.*no such file"):
+    with pytest.raises(UserError, match=r"--hacks.*no such file"):
         recorded_rows(tmp_path / "absent", tokenizer)
 
 
