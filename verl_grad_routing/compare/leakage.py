@@ -27,7 +27,6 @@ from verl_grad_routing.compare.paired import BOOTSTRAP_SEED, RESAMPLES
 from verl_grad_routing.compare.statistics import CONFIDENCE
 from verl_grad_routing.errors import UserError
 
-
 BEYOND = {-math.inf: "below", math.inf: "above"}
 """Ends of an interval that lie beyond the curve, in words."""
 

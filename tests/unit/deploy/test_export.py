@@ -239,7 +239,7 @@ def test_base_model_that_moved(broken, run, tmp_path):
     ("arguments", "message"),
     [
         ({"format": "gguf"}, "format='gguf': give one of peft, hf"),
-        ({"blocks": "quarantine"}, "blocks='quarantine': give one of deployed, both"),
+        ({"blocks": "all"}, "blocks='all': give one of deployed, both, quarantine"),
     ],
 )
 def test_unknown_choice(run, tmp_path, arguments, message):

@@ -9,6 +9,7 @@ from typing import Any
 import pandas
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from verl_grad_routing.deploy import export
 from verl_grad_routing.deploy.rates import Rate
@@ -90,7 +91,7 @@ def test_rows_of_recorded_batches(tokenizer, tmp_path: Path) -> None:
         "prompts": torch.nested.as_nested_tensor([torch.tensor(prompt)] * 3, layout=torch.jagged),
         "responses": torch.nested.as_nested_tensor([torch.tensor(answer)] * 3, layout=torch.jagged),
         "response_mask": torch.nested.as_nested_tensor(
-            [torch.tensor([1, 1, 1, 1, 1, 1]), torch.tensor([1, 1, 0, 0, 1, 1]), torch.ones(6)], layout=torch.jagged
+            [torch.tensor(row) for row in ([1] * 6, [1, 1, 0, 0, 1, 1], [1] * 6)], layout=torch.jagged
         ),
         "extra_fields": graded,
     }
@@ -198,10 +199,10 @@ def test_models_that_do_not_go_together(make_run, run, files: dict, tmp_path: Pa
             contestants(Relearn(run.base, **files, **given), tmp_path / "work")
     with pytest.raises(UserError, match="nothing was taken away"):
         contestants(Relearn(make_run(ablate=False).checkpoint, **files), tmp_path / "work")
-    other = make_run().base
-    build_tokenizer(ALPHABET[:-1]).save_pretrained(other)
+    other = make_run()
+    AutoTokenizer.from_pretrained(other.checkpoint / "actor" / "huggingface").save_pretrained(other.base)
     with pytest.raises(UserError, match=r"--baseline='base \(2\)'|--baseline='base'"):
-        contestants(Relearn(run.base, **files, target=0.9, baselines=(other,)), tmp_path / "work")
+        contestants(Relearn(run.base, **files, target=0.9, baselines=(other.base,)), tmp_path / "work")
 
 
 def test_weights_of_another_model_are_refused(run) -> None:
