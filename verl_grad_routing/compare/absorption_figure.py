@@ -59,10 +59,10 @@ def _line(axis: Axes, method: str, points: list[tuple[Point, Estimate | Rate]], 
         axis.plot(*zip(*inside, strict=True), color=style["color"], linewidth=1.3)
     for index, (point, value) in enumerate(points):
         bar = [[max(0.0, value.value - value.low)], [max(0.0, value.high - value.value)]]
-        face = {"markerfacecolor": "white"} if point.share == 1 else {}
+        look: dict[str, Any] = {**style, "markerfacecolor": "white"} if point.share == 1 else style
         label = method if index == 0 else None
         axis.errorbar(
-            point.share, value.value, yerr=bar, capsize=2.0, elinewidth=1.0, markersize=5, label=label, **style, **face
+            point.share, value.value, yerr=bar, capsize=2.0, elinewidth=1.0, markersize=5, label=label, **look
         )
 
 
@@ -75,5 +75,7 @@ def _reference(axes: Any, results: Results, environment: str) -> None:
     values = measured(Point("rollouts", name, 1.0), runs)
     for row, columns in zip(axes, SHOWN.values(), strict=True):
         value = values[columns["rollouts"]]
-        for axis in row if value is not None else ():
+        if value is None:
+            continue
+        for axis in row:
             axis.axhline(value.value, color="#777777", linestyle=":", linewidth=1.0, label=name)

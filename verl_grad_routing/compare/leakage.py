@@ -92,8 +92,8 @@ class BaselineCurve:
         Raises:
             UserError: ``value`` lies beyond the curve, or the curve reaches it more than once.
         """
-        rows = (np.array([row], dtype=np.float64) for row in (self.exposures, self.values))
-        first, last = (float(found[0]) for found in _crossings(*rows, np.array([value], dtype=np.float64)))
+        exposure_1P, value_1P = (np.array([row], dtype=np.float64) for row in (self.exposures, self.values))
+        first, last = (float(found[0]) for found in _crossings(exposure_1P, value_1P, np.array([float(value)])))
         if math.isnan(first):
             fix = "the baseline curve ends at the value it starts with, so it tells no amount"
             raise UserError("leakage", value, fix)

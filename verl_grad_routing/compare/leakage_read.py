@@ -33,7 +33,7 @@ BASELINE = re.compile(r"exposure_[0-9]+")
 
 COLUMNS = ("name", "role", "exposure", "value")
 ROLES = ("baseline", "run")
-Arms = tuple[dict[str, Runs], dict[str, Runs]]
+Arms = tuple[Mapping[str, Runs], Mapping[str, Runs]]
 """Baselines and the others, each by name and seed."""
 
 

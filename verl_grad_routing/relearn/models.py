@@ -7,7 +7,6 @@ Whatever was trained, exported or given is attacked in the same way, by all of i
 # pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from verl_grad_routing.deploy.artefact import load_adapted, merge, write_model
-from verl_grad_routing.deploy.checkpoint import find_checkpoint
+from verl_grad_routing.deploy.checkpoint import find_checkpoint, read_json
 from verl_grad_routing.deploy.exporter import export
 from verl_grad_routing.deploy.models import load_model, saved_dtype
 from verl_grad_routing.errors import UserError
@@ -85,7 +84,7 @@ def _folder(path: Path, to: Path, blocks: str, base: str | None) -> Path:
         return path
     to.parent.mkdir(parents=True, exist_ok=True)
     if (path / ADAPTER_FILE).is_file():
-        base = base or json.loads((path / ADAPTER_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = base or str(read_json(path / ADAPTER_FILE)["base_model_name_or_path"])
         to.mkdir()
         write_model(to, merge(load_adapted(base, path)), saved_dtype(base))
         tokens = [file for file in path.iterdir() if "token" in file.name or file.suffix == ".jinja"]
