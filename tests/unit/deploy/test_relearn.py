@@ -191,10 +191,11 @@ def test_an_adapter_is_merged(run, files: dict, tmp_path: Path) -> None:
 
 
 def test_models_that_do_not_go_together(make_run, run, files: dict, tmp_path: Path) -> None:
-    for given, told in (
+    bad: list[tuple[dict[str, Any], str]] = [
         ({}, "--trained=None: what is the goal"),
         ({"target": 0.9}, "--baseline=None"),
-    ):
+    ]
+    for given, told in bad:
         with pytest.raises(UserError, match=told):
             contestants(Relearn(run.base, **files, **given), tmp_path / "work")
     with pytest.raises(UserError, match="nothing was taken away"):
