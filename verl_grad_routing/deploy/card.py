@@ -97,6 +97,11 @@ def removal(blocks: str, ablated_in_training: bool, removed: str = "adapters") -
                 "this is half of a model that was only ever sampled whole."
             )
         return text
+    if blocks == "quarantine":
+        return (
+            "**This is the quarantine block alone**, a control: the deployed block was deleted instead of it. It shows "
+            "what the quarantine holds and is not a model to deploy."
+        )
     if ablated_in_training:
         return (
             "**The quarantine block is in these files.** This is the model as trained, for comparison; whatever was "

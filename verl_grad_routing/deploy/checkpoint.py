@@ -62,9 +62,14 @@ class Layout:
         return {
             "deployed_rank": self.deployed_rank,
             "quarantine_rank": self.quarantine_rank,
-            "rank": self.deployed_rank + (self.quarantine_rank if blocks == "both" else 0),
+            "rank": self.rank_of(blocks),
             "scaling": self.scaling,
         }
+
+    def rank_of(self, blocks: str) -> int:
+        """The rank of an adapter with ``blocks``: ``deployed``, ``quarantine`` or ``both``."""
+        ranks = {"deployed": self.deployed_rank, "quarantine": self.quarantine_rank}
+        return ranks.get(blocks, sum(ranks.values()))
 
     def rows(self) -> dict[str, Any]:
         """The same for a model card's table."""

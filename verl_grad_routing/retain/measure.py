@@ -133,12 +133,22 @@ def sample(model: Any, tokenizer: Any, file: Path, max_new_tokens: int, seed: in
 
 def grade(answers: Sequence[str], prompts: Sequence[dict], reward: Callable[..., Any]) -> dict[str, Rate]:
     """Rates of ``hack`` and ``solve``. Raises ``UserError`` when the reward function gives no such facts."""
+    return rates_of(facts_of(answers, prompts, reward))
+
+
+def facts_of(answers: Sequence[str], prompts: Sequence[dict], reward: Callable[..., Any]) -> list[dict[str, Any]]:
+    """What the reward function says of each answer. Raises ``UserError`` without the facts ``hack`` and ``solve``."""
     facts = [
         reward(row["data_source"], answer, row["reward_model"]["ground_truth"], row.get("extra_info"))
         for answer, row in zip(answers, prompts, strict=True)
     ]
     if not facts or not all(isinstance(row, dict) and {"hack", "solve"} <= row.keys() for row in facts):
         raise UserError("--reward", "compute_score", "must return a dict with the numbers hack and solve")
+    return facts
+
+
+def rates_of(facts: Sequence[dict[str, Any]]) -> dict[str, Rate]:
+    """Rates of ``hack`` and ``solve``."""
     return {name: Rate.of(sum(float(row[name]) > 0 for row in facts), len(facts)) for name in ("hack", "solve")}
 
 
