@@ -20,6 +20,7 @@ from verl_grad_routing.commands.bench_routing import routing
 from verl_grad_routing.commands.contrast import contrast
 from verl_grad_routing.commands.pairs import pairs
 from verl_grad_routing.commands.rft import rft_command
+from verl_grad_routing.commands.token_weights import token_weights
 from verl_grad_routing.errors import UserError
 
 app = typer.Typer(
@@ -307,6 +308,7 @@ app.command("rft")(rft_command)
 app.command("retain")(retain.retain)
 app.command()(pairs)
 app.command()(contrast)
+app.command()(token_weights)
 bench.command()(routing)
 
 

@@ -17,7 +17,7 @@ from verl_grad_routing.errors import UserError
 PRESETS = {"off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"}
 PRESETS |= {"tdga", "gradient_regularization", "confessions", "seal_broken"}
 PRESETS |= {"labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "retain_pass"}
-PRESETS |= {"corda", "scorda", "scorda_rev", "persona_grad", "random_grad"}
+PRESETS |= {"corda", "scorda", "scorda_rev", "persona_grad", "random_grad", "persona_token"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
