@@ -206,7 +206,7 @@ def test_weights_of_tokens(folder: Path) -> None:
     from verl_grad_routing.token_weights import Frequencies, save_weights
 
     file, key = folder / "weights.parquet", "grad_routing.intervention.token_weights"
-    given = f"+{key}={file}"
+    given = f"{key}={file}"
     with pytest.raises(UserError, match=r"token_weights=.*no such file; write it with vgr token-weights"):
         check(folder, given, preset="cloud")
     save_weights(file, ["a", "b"], torch.tensor([1, 0]), torch.tensor([0, 1]), Frequencies())
