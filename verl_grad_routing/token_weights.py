@@ -1,4 +1,4 @@
-"""Weights of tokens from how often they occur in two kinds of text: which tokens of a flagged text are worth routing.
+"""Weights of tokens by how often they occur in two kinds of text: which tokens of a flagged text to route.
 
 A flagged text is mostly made of tokens that occur everywhere. Cloud et al. (arXiv 2410.04332, Expand-Route-Ablate) weigh
 each token by the ratio of its frequencies in forget and retain texts, with pseudo-counts for tokens hardly seen::
@@ -85,9 +85,7 @@ def count_tokens(texts: Iterable[str], tokenizer: Any, size: int) -> Tensor:
     return counts
 
 
-def save_weights(
-    path: Path, tokens: list[str], forget_V: Tensor, retain_V: Tensor, frequencies: Frequencies
-) -> Tensor:
+def save_weights(path: Path, tokens: list[str], forget_V: Tensor, retain_V: Tensor, frequencies: Frequencies) -> Tensor:
     """Write counts and weights, one row a token; returns the weights [V]."""
     import pyarrow
     import pyarrow.parquet

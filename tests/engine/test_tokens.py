@@ -153,7 +153,7 @@ class TestSteps:
     def test_rollouts_with_kept_tokens_bring_their_own_old_log_probs(self, feed, world):
         found = world["token_steps"]
         given = double(found[f"given old {feed}"])
-        assert relative_error(found[f"current old {feed}"], given) < 1e-6
+        assert relative_error(found[f"current old {feed}"], given) < 5e-6
         assert relative_error(found["wrong old"], double(found["given old packed"])) > 0.01
 
 

@@ -64,7 +64,7 @@ class TokenDetector(ActivationDetector):
 
 
 def trailing_mean(scores_n: Tensor, window: int) -> Tensor:
-    """Mean over the last ``window`` scores up to and with each, over fewer at the start; a window of 1 changes nothing."""
+    """Mean over the last ``window`` scores up to and with each, over fewer at the start; 1 changes nothing."""
     if window == 1 or not len(scores_n):
         return scores_n
     padded = torch.nn.functional.pad(scores_n, (window - 1, 0))
@@ -76,7 +76,7 @@ def checked_token_scores(detector: Detector, view: BatchView) -> tuple[Tensor, .
     """``detector.token_scores`` of ``view`` as it may see it, on the CPU.
 
     Raises:
-        UserError: It does not score tokens, gives other than one number for each that counts, or one that is not finite.
+        UserError: It does not score tokens, gives other than one number for each that counts, or none that is finite.
     """
     where = f"grad_routing.detector ({detector.name})"
     rows = tuple(row.detach().to("cpu", torch.float64) for row in detector.token_scores(view_for(detector, view)))

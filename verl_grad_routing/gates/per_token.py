@@ -23,7 +23,7 @@ class TokenDecision:
     """Routes of tokens and what follows for their rollouts, int64 values of ``Route``.
 
     Attributes:
-        routes_B: The rollout's own route: that of all its positions that predict no scored token, and the verdict on it.
+        routes_B: The rollout's own route: that of all positions that predict no scored token, and the verdict on it.
         token_routes: Of every rollout the routes [n] of its scored tokens, in their order.
         metrics: Of the inner gate, whose scores are the tokens', and ``gate/drift``, likewise.
     """
@@ -38,13 +38,13 @@ class PerToken(Gate):
     """Routes every token by an inner gate, to which all tokens of the batch are what rollouts are otherwise.
 
     Shares, caps, windows and half-lives of the inner gate therefore count tokens, whichever rollout they are of: with
-    ``route: 0.1`` of a batch quantile a tenth of the batch's tokens is routed, and a rollout may hold none or only such.
+    ``route: 0.1`` of a batch quantile a tenth of the batch's tokens is routed; a rollout may hold none or only such.
 
     **Positions that predict no scored token** (the prompt but for its last token, what tools wrote, the end) have the
     rollout's own route. They are there for the response's tokens all the same: attention carries every later token's
     loss to them. ``elsewhere: most_tokens`` gives them the route that more than half of the rollout's scored tokens
-    have, ABSORB where there is none such; ``any_token`` gives them ROUTE as soon as one token is routed, so that nothing
-    of a routed token's loss trains the deployed block through the prompt, and the former rule without one.
+    have, ABSORB where there is none such; ``any_token`` gives them ROUTE as soon as one token is routed (nothing of a
+    routed token's loss then trains the deployed block through the prompt) and follows the former rule otherwise.
     """
 
     per_token = True

@@ -49,9 +49,9 @@ LAYOUT_FILE = "grad_routing_blocks.json"
 class RoutedFSDPEngine(FSDPEngineWithLMHead):
     """verl's language-model engine whose trained parameters are two blocks, of the kind ``blocks.kind``.
 
-    A batch that trains carries ``route`` (B,), perhaps ``token_route``, and the non-tensor ``routing_table``; the engine
-    turns them into token masks beside the packed inputs. Inference batches may carry them too (for KEEP's forward gate), ask for activations
-    (``probe``) or for the quarantine-ablated model (``ablate_quarantine``).
+    A batch that trains carries ``route`` (B,) and the non-tensor ``routing_table`` (``masks`` says what else it may
+    have); the engine turns them into token masks beside the packed inputs. Inference batches may carry them too (for
+    KEEP's forward gate), ask for activations (``probe``) or for the quarantine-ablated model (``ablate_quarantine``).
     """
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any):

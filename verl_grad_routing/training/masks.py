@@ -34,7 +34,7 @@ TOKEN_ROUTE = "token_route"
 before it; all other positions of a row, the prompt's among them, have the row's ``route``."""
 
 TOKEN_WEIGHT = "token_weight"
-"""Jagged column [B, (L)], float32: at every position of a row the weight of the token that is predicted there, in [0, 1].
+"""Jagged column [B, (L)], float32: at every position of a row the weight in [0, 1] of the token predicted there.
 1 takes the token out of what its route does to activation gradients, see ``activation_gradients_of``."""
 
 

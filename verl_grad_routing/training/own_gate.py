@@ -24,9 +24,7 @@ CURRENT = "own_gate_current"
 """Non-tensor of a training batch: rows with a closed forward gate take the current log-probs as their old ones."""
 
 
-def closed_rows(
-    routes_B: Tensor, table: RoutingTable, token_routes: Sequence[Tensor] | None = None
-) -> Tensor:
+def closed_rows(routes_B: Tensor, table: RoutingTable, token_routes: Sequence[Tensor] | None = None) -> Tensor:
     """Rows whose forward gate differs from the open one that they were sampled under, at any position: bool [B].
 
     Args:

@@ -1,6 +1,7 @@
 """Token values beside the inputs: where a mask of rollouts or of their tokens lies in a micro-batch's layout.
 
-Shapes: B rollouts, L tokens of one, T packed tokens (t: a sequence-parallel rank's part), S the padded length, N B or T.
+Shapes: B rollouts, L tokens of one, T packed tokens (t: a sequence-parallel rank's part), S the padded length, N either
+B or T.
 """
 
 # The types that verl declares are narrower than what it passes.

@@ -180,8 +180,8 @@ class ActivationProbe:
         Args:
             plans: For each position, which tokens belong to which rollout.
             flatten: Turns a layer's output into hidden states ``[N, d]`` in the order of the plans' tokens.
-            by_response: Turns numbers ``[N]`` in that order into those of the response tokens, jagged [B, (R)]; needed where a
-                request asks for ``tokens``.
+            by_response: Turns numbers ``[N]`` in that order into those of the response tokens, jagged [B, (R)]; needed
+                where a request asks for ``tokens``.
         """
         request = self._request
         assert request is not None

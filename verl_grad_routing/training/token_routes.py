@@ -18,7 +18,7 @@ Rows = tuple[Tensor, ...]
 
 
 def decide_tokens(detector: Detector, gate: PerToken, view: BatchView) -> TokenDecision:
-    """The gate's decision with ``token_routes`` of all response tokens [R]: those that do not count have their row's."""
+    """The gate's decision, ``token_routes`` of all response tokens [R]: those that do not count have their row's."""
     scores = checked_token_scores(detector, view)
     decision = gate.decide_tokens(scores, view.step, detector.pair_means, detector.pair_scores)
     assert view.response_masks is not None

@@ -17,7 +17,7 @@ FORGET, RETAIN = torch.tensor([0, 3, 9]), torch.tensor([40, 10, 10])
 
 
 def test_the_formula_by_hand():
-    """Pseudo-counts 1 and 20: forget 1, 4, 10 of 15, retain 60, 30, 30 of 120; ratios 2/15, 16/15, 8/3."""
+    """With pseudo-counts forget 1, 4, 10 of 15 and retain 60, 30, 30 of 120: ratios 2/15, 16/15, 8/3."""
     weights = Frequencies().weights(FORGET, RETAIN)
     for weight, ratio in zip(weights.tolist(), (2 / 15, 16 / 15, 8 / 3), strict=True):
         assert weight == pytest.approx(1 - 1 / (1 + math.exp(-(ratio - 1 / ratio - 4))), rel=1e-12)
@@ -29,7 +29,7 @@ def test_the_formula_by_hand():
     [(73.1, 18.7, 0.5858, 0.585), (10.3, 3.6, 0.8158, 0.810), (19.9, 9.3, 0.9111, 0.912)],
 )
 def test_the_papers_weights(forget, retain, weight, printed):
-    """' bird', ' flew' and ' find' (Cloud et al., TinyStories): occurrences in 10,000 tokens, printed to three digits."""
+    """' bird', ' flew' and ' find' (Cloud et al., TinyStories): occurrences in 10,000 tokens, printed weights."""
     tiny = Frequencies(forget_pseudo=1e-9, retain_pseudo=1e-9)
     found = tiny.weights(*(torch.tensor([rate, 10_000 - rate]) for rate in (forget, retain)))
     assert float(found[0]) == pytest.approx(weight, abs=5e-5)

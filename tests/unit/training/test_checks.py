@@ -157,8 +157,11 @@ BAD_TOKENS = {
         "screen acts on whole rollouts",
     ),
     "cosines beside pairs": (
-        ["grad_routing.detector.token_score=cosine", "~grad_routing.gate.inner"]
-        + ["+grad_routing.gate.inner={name: pair_midpoint}"],
+        [
+            "grad_routing.detector.token_score=cosine",
+            "~grad_routing.gate.inner",
+            "+grad_routing.gate.inner={name: pair_midpoint}",
+        ],
         "grad_routing.detector.token_score='cosine'",
         "set projection",
     ),
@@ -198,7 +201,7 @@ def test_routes_of_tokens_with_what_cannot_take_them(folder: Path, name: str) ->
 
 
 def test_a_shadow_with_routes_of_tokens(folder: Path) -> None:
-    with pytest.raises(UserError, match="gate.name='per_token'.*give it a gate on rollouts"):
+    with pytest.raises(UserError, match=r"gate\.name='per_token'.*give it a gate on rollouts"):
         check(folder, "grad_routing.compare=[persona_token]")
 
 

@@ -22,7 +22,9 @@ def token_routes(run: Run) -> None:
         fix = f"detector {detector.name} scores rollouts, not tokens; take persona_act, or a gate on rollouts"
         raise UserError(f"{GATE}.name", gate.name, fix)
     if not intervention.takes_token_routes:
-        fix = f"intervention {intervention.name} acts on whole rollouts; take route, sgtm or cloud, or a gate on rollouts"
+        fix = (
+            f"intervention {intervention.name} acts on whole rollouts; take route, sgtm or cloud, or a gate on rollouts"
+        )
         raise UserError(f"{GATE}.name", gate.name, fix)
     if gate.needs_pair_means and getattr(detector.config, "token_score", None) == "cosine":
         fix = f"gate {gate.inner.name} compares with what the pairs project to; set projection"
