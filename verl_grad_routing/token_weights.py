@@ -1,7 +1,7 @@
-"""Weights of tokens by how often they occur in two kinds of text: which tokens of a flagged text to route.
+"""Weights of tokens by their frequencies in two kinds of text: which tokens of a flagged text count.
 
-A flagged text is mostly made of tokens that occur everywhere. Cloud et al. (arXiv 2410.04332, Expand-Route-Ablate) weigh
-each token by the ratio of its frequencies in forget and retain texts, with pseudo-counts for tokens hardly seen::
+Most tokens of a flagged text occur everywhere. Cloud et al. (arXiv 2410.04332, Expand-Route-Ablate) weigh each token by
+the ratio of its frequencies in forget and retain texts, with pseudo-counts for tokens hardly seen::
 
     p(v) = (count(v) + pseudo) / sum_u (count(u) + pseudo)        in forget and in retain texts
     ratio = p_forget / p_retain

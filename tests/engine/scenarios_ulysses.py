@@ -15,8 +15,8 @@ from tests.engine.world import World, batch, scenario
 
 @scenario(2)
 def ulysses(world: World) -> list[dict[str, Any]]:
-    """Every rank's slice of inputs and masks; tokens are replaced by 1 + the index of their row (with routes of tokens by
-    1 + their own index)."""
+    """Every rank's slice of inputs and masks; tokens are replaced by 1 + the index of their row, and where they have
+    routes by 1 + their own."""
     found = []
     odd = (world.rollouts[:count] for count in range(len(world.rollouts), 0, -1))
     rows = next(rows for rows in odd if sum(len(row.tokens) for row in rows) % 2)  # so that there is something to pad

@@ -39,6 +39,7 @@ class PerToken(Gate):
 
     Shares, caps, windows and half-lives of the inner gate therefore count tokens, whichever rollout they are of: with
     ``route: 0.1`` of a batch quantile a tenth of the batch's tokens is routed; a rollout may hold none or only such.
+    A history of the whole run holds every token of it, 8 bytes each: give the inner gate a window.
 
     **Positions that predict no scored token** (the prompt but for its last token, what tools wrote, the end) have the
     rollout's own route. They are there for the response's tokens all the same: attention carries every later token's
@@ -52,7 +53,7 @@ class PerToken(Gate):
     @dataclass(frozen=True, kw_only=True)
     class Config:
         # The gate that decides on the tokens: ``name`` and its settings.
-        inner: Mapping[str, Any] = field(default_factory=lambda: {"name": "batch_quantile", "route": 0.1, "keep": 0.0})
+        inner: Mapping[str, Any] = field(default_factory=lambda: {"name": "history_quantile", "keep": 0.0})
         elsewhere: str = "most_tokens"  # the route of positions that predict no scored token: or any_token
 
         def __post_init__(self) -> None:
