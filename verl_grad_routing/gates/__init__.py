@@ -10,7 +10,7 @@ from verl_grad_routing.gates.fixed import FixedThreshold
 from verl_grad_routing.gates.hysteresis import Hysteresis
 from verl_grad_routing.gates.otsu import Otsu
 from verl_grad_routing.gates.pairs import PairBand, PairMidpoint
-from verl_grad_routing.gates.per_token import PerToken, TokenDecision
+from verl_grad_routing.gates.per_token import PerToken, TokenDecision, TokenGate
 from verl_grad_routing.gates.quantile import BatchQuantile, HistoryQuantile, QuantileConfig, share_thresholds
 from verl_grad_routing.gates.thresholds import ThresholdConfig, ThresholdGate, Thresholds, floor_share
 
@@ -36,6 +36,7 @@ __all__ = [
     "ThresholdGate",
     "Thresholds",
     "TokenDecision",
+    "TokenGate",
     "floor_share",
     "share_thresholds",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,8 +34,35 @@ class TokenDecision:
     metrics: dict[str, float]
 
 
+class TokenGate(Gate):
+    """A gate whose scores are those of tokens; ``decide`` takes them for rollouts of one token."""
+
+    per_token = True
+
+    def decide_tokens(
+        self,
+        scores: Sequence[Tensor],
+        step: int,
+        pair_means: PairMeans | None = None,
+        pair_scores: PairScores | None = None,
+    ) -> TokenDecision:
+        """Decide the routes of all scored tokens of one batch; arguments and errors as in ``decide``.
+
+        Args:
+            scores: Of every rollout the finite scores of its tokens, float64 [n]; n may be 0, but not of all.
+        """
+        decision = self.decide(torch.cat(tuple(scores)), step, pair_means, pair_scores)
+        rows = decision.routes_B.split([len(row) for row in scores])
+        routes_B = torch.tensor([self._elsewhere(row) for row in rows], dtype=torch.int64)
+        return TokenDecision(routes_B, rows, decision.metrics)
+
+    @abstractmethod
+    def _elsewhere(self, routes_n: Tensor) -> int:
+        """The rollout's own route, from those of its scored tokens."""
+
+
 @GATES.register("per_token")
-class PerToken(Gate):
+class PerToken(TokenGate):
     """Routes every token by an inner gate, to which all tokens of the batch are what rollouts are otherwise.
 
     Shares, caps, windows and half-lives of the inner gate therefore count tokens, whichever rollout they are of: with
@@ -47,8 +75,6 @@ class PerToken(Gate):
     have, ABSORB where there is none such; ``any_token`` gives them ROUTE as soon as one token is routed (nothing of a
     routed token's loss then trains the deployed block through the prompt) and follows the former rule otherwise.
     """
-
-    per_token = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -69,23 +95,6 @@ class PerToken(Gate):
         super().__init__(config)
         self.inner = GATES.build(config.inner, "grad_routing.gate.inner")
         self.needs_pair_means = self.inner.needs_pair_means
-
-    def decide_tokens(
-        self,
-        scores: Sequence[Tensor],
-        step: int,
-        pair_means: PairMeans | None = None,
-        pair_scores: PairScores | None = None,
-    ) -> TokenDecision:
-        """Decide the routes of all scored tokens of one batch; arguments and errors as in ``decide``.
-
-        Args:
-            scores: Of every rollout the finite scores of its tokens, float64 [n]; n may be 0, but not of all.
-        """
-        decision = self.decide(torch.cat(tuple(scores)), step, pair_means, pair_scores)
-        rows = decision.routes_B.split([len(row) for row in scores])
-        routes_B = torch.tensor([self._elsewhere(row) for row in rows], dtype=torch.int64)
-        return TokenDecision(routes_B, rows, decision.metrics)
 
     def _elsewhere(self, routes_n: Tensor) -> int:
         if self.config.elsewhere == "any_token" and (routes_n == int(Route.ROUTE)).any():

@@ -142,7 +142,7 @@ class RouteGradients(Intervention):
     def advantages(self, advantages_BR: Tensor, judged: Judged) -> Tensor:
         routes_BR = judged.routes_B[:, None]
         if judged.token_routes is not None:
-            routes_BR = torch.nn.utils.rnn.pad_sequence(judged.token_routes, batch_first=True)
+            routes_BR = torch.nn.utils.rnn.pad_sequence(list(judged.token_routes), batch_first=True)
             width = advantages_BR.shape[1]
             routes_BR = torch.nn.functional.pad(routes_BR, (0, width - routes_BR.shape[1]), value=int(Route.ABSORB))
         keep_BR = routes_BR.to(advantages_BR.device) == int(Route.KEEP)

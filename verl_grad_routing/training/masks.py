@@ -8,6 +8,8 @@ Shapes: B rollouts, L tokens of one, R those of its response, T tokens of all ro
 2 = (deployed, quarantine).
 """
 
+# The types that verl declares are narrower than what it passes.
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import torch

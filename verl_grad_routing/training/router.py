@@ -20,7 +20,7 @@ from verl_grad_routing.detectors.evaluation import auroc, verdict_metrics
 from verl_grad_routing.detectors.held_out import held_out_metrics, verdict_rates
 from verl_grad_routing.directions.pairs import PairSet, save_pairs
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.gates import GateDecision, PerToken, TokenDecision
+from verl_grad_routing.gates import GateDecision, TokenDecision, TokenGate
 from verl_grad_routing.interventions import Judged
 from verl_grad_routing.routing import Route
 from verl_grad_routing.training.token_routes import decide_tokens, shares, trusted_tokens
@@ -102,7 +102,7 @@ class Router:
         self, scores_B: Tensor, view: BatchView
     ) -> tuple[GateDecision | TokenDecision, tuple[Tensor, ...] | None]:
         """The gate's decision, and the routes of all response tokens where it is on tokens."""
-        if isinstance(self.gate, PerToken):
+        if isinstance(self.gate, TokenGate):
             on_tokens = decide_tokens(self.detector, self.gate, view)
             return on_tokens, on_tokens.token_routes
         detector = self.detector

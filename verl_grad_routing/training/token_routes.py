@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from verl_grad_routing.detectors import BatchView, Detector, checked_token_scores
-from verl_grad_routing.gates import PerToken, TokenDecision
+from verl_grad_routing.gates import TokenDecision, TokenGate
 from verl_grad_routing.routing import Route
 
 Rows = tuple[Tensor, ...]
 
 
-def decide_tokens(detector: Detector, gate: PerToken, view: BatchView) -> TokenDecision:
+def decide_tokens(detector: Detector, gate: TokenGate, view: BatchView) -> TokenDecision:
     """The gate's decision, ``token_routes`` of all response tokens [R]: those that do not count have their row's."""
     scores = checked_token_scores(detector, view)
     decision = gate.decide_tokens(scores, view.step, detector.pair_means, detector.pair_scores)
