@@ -290,15 +290,24 @@ def report(
     allow_mixed_versions: Annotated[
         bool, typer.Option("--allow-mixed-versions", help="Accept results of different package versions.")
     ] = False,
+    into: Annotated[
+        Path | None, typer.Option(help="Markdown file: the rates of a comparison also go between its marks there.")
+    ] = None,
 ) -> None:
     """Compare runs, or show a comparison's results: tables and a page with figures."""
     for run in runs:
         if not run.is_dir():
             fix = "no such folder; give run folders that hold metrics.jsonl, or the results folder of a comparison"
             raise UserError("RUNS", str(run), fix)
+    from verl_grad_routing.compare.embed import embed
     from verl_grad_routing.compare.report import write_report
+    from verl_grad_routing.compare.results import is_results
 
+    if into is not None and not is_results(runs[0]):
+        raise UserError("--into", str(into), f"{runs[0]} is no results folder of vgr compare, which this needs")
     write_report(runs, to, allow_mixed_versions)
+    if into is not None:
+        embed(runs[0], into, allow_mixed_versions)
 
 
 app.add_typer(probe_command.app, name="probe")
