@@ -23,6 +23,7 @@ from verl_grad_routing.commands.leakage import leakage
 from verl_grad_routing.commands.pairs import pairs
 from verl_grad_routing.commands.relearn import relearn
 from verl_grad_routing.commands.rft import rft_command
+from verl_grad_routing.commands.token_weights import token_weights
 from verl_grad_routing.errors import UserError
 
 app = typer.Typer(
@@ -325,6 +326,7 @@ app.command()(contrast)
 app.command()(expand)
 app.command()(leakage)
 app.command()(relearn)
+app.command()(token_weights)
 bench.command()(routing)
 
 

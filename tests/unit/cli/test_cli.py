@@ -19,7 +19,7 @@ PRESETS |= {"tdga", "gradient_regularization", "confessions", "seal_broken"}
 PRESETS |= {"labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "retain_pass"}
 PRESETS |= {"corda", "scorda", "scorda_rev", "persona_grad", "random_grad"}
 PRESETS |= {"advantage_modification", "grift_mask", "grift_filter", "monitor_penalty", "screen", "inoculation"}
-PRESETS |= {"self_report", "era"}
+PRESETS |= {"self_report", "era", "persona_token"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
