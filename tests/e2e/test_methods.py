@@ -118,3 +118,24 @@ def test_two_ranks_agree_with_one(
     two = train(preset, 1, *SMALL, *settings, *ranks, name=f"{preset}-two")
     for key in (*keys, *NORMS):
         assert finite(two, key) == pytest.approx(finite(one, key), rel=1e-3, abs=1e-6), key
+
+
+@pytest.mark.slow
+def test_routes_of_tokens(train: Train) -> None:
+    """Some tokens are kept, some routed; the run validates as deployed, and its checkpoint has the tokens' history."""
+    settings = ["grad_routing.gate.inner.route=0.4", "grad_routing.gate.inner.keep=0.2", "trainer.save_freq=2"]
+    run = train("persona_token", STEPS, *SMALL, *settings, f"trainer.test_freq={STEPS}", "data.val_max_samples=16")
+    shares = [finite(run, f"routing/share_{route}") for route in ("keep", "absorb", "route")]
+    assert all(sum(step) == pytest.approx(1) and min(step) > 0 for step in zip(*shares, strict=True))
+    assert all(0 < share <= 1 for share in finite(run, "routing/share_mixed"))
+    assert finite(run, "gate/history_size")[0] > 32  # 32 rollouts
+    tokens = finite(run, "detector/token_score_mean")
+    assert tokens[0] == pytest.approx(finite(run, "detector/score_mean")[0], abs=1.0)
+    deployed, quarantine = (finite(run, f"routing/mass_{block}") for block in ("deployed", "quarantine"))
+    for step, (keep, _, route) in enumerate(zip(*shares, strict=True)):
+        total = deployed[step] / (1 - route)  # the deployed block learns from all tokens but the routed ones
+        assert quarantine[step] == pytest.approx(total * (1 - keep), rel=1e-6)
+    assert abs(finite(run, "actor/ppo_kl")[0]) < 1e-3  # old log-probs are those of the tokens' own gates
+    assert any(key.startswith("val/deployed/") for key in run.keys)
+    saved = torch.load(run.folder / "checkpoints" / "global_step_2" / "grad_routing.pt", weights_only=False)
+    assert len(saved["gate"]["inner"]["history"]) == finite(run, "gate/history_size")[1]
