@@ -122,6 +122,8 @@ def test_states_go_into_a_file_of_their_own(tmp_path: Path, capsys: pytest.Captu
     assert [path.name for path in tmp_path.iterdir()] == ["grad_routing_compare.pt"]
     again = routers()
     load_states(again, str(tmp_path))
+    kept, held = (router["coinflip"].gate.state_dict() for router in (again, whole))
+    assert str(kept) == str(held) != str(routers()["coinflip"].gate.state_dict())
     batch = torch.linspace(0.2, 0.7, 8, dtype=torch.float64)
     assert torch.equal(again["coinflip"].gate.decide(batch, 2).routes_B, gate.decide(batch, 2).routes_B)
     fresh = {"new": routers()["coinflip"]}
