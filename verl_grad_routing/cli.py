@@ -18,10 +18,12 @@ from verl_grad_routing.commands import retain, tables
 from verl_grad_routing.commands import self_report as self_report_commands
 from verl_grad_routing.commands.bench_routing import routing
 from verl_grad_routing.commands.contrast import contrast
+from verl_grad_routing.commands.expand import expand
 from verl_grad_routing.commands.leakage import leakage
 from verl_grad_routing.commands.pairs import pairs
 from verl_grad_routing.commands.relearn import relearn
 from verl_grad_routing.commands.rft import rft_command
+from verl_grad_routing.commands.token_weights import token_weights
 from verl_grad_routing.errors import UserError
 
 app = typer.Typer(
@@ -321,8 +323,10 @@ app.command("rft")(rft_command)
 app.command("retain")(retain.retain)
 app.command()(pairs)
 app.command()(contrast)
+app.command()(expand)
 app.command()(leakage)
 app.command()(relearn)
+app.command()(token_weights)
 bench.command()(routing)
 
 

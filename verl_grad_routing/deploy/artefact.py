@@ -80,9 +80,14 @@ def write_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> nn.
 
 def copy_tokenizer(actor: Path, folder: Path) -> list[str]:
     """Copy what verl saved beside the model's configuration: tokenizer, processor, chat template; returns the names."""
+    return copy_beside(actor / "huggingface", folder)
+
+
+def copy_beside(model: Path, folder: Path) -> list[str]:
+    """Copy a model folder's files but weights, configurations and model card; returns the names."""
     copied = []
-    for path in sorted((actor / "huggingface").glob("*")):
-        if path.is_file() and path.name not in _CONFIGURATIONS and not path.name.endswith(_WEIGHTS):
+    for path in sorted(model.glob("*")):
+        if path.is_file() and path.name not in (*_CONFIGURATIONS, "README.md") and not path.name.endswith(_WEIGHTS):
             shutil.copyfile(path, folder / path.name)
             copied.append(path.name)
     return copied

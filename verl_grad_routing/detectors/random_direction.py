@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from verl_grad_routing.detectors.activation import ActivationConfig, ActivationDetector
 from verl_grad_routing.detectors.base import DETECTORS, Signal
+from verl_grad_routing.detectors.tokens import TokenConfig, TokenDetector
 from verl_grad_routing.directions.activation import Direction, without_pairs
 from verl_grad_routing.directions.checks import require_int
 from verl_grad_routing.directions.controls import haar_directions
@@ -16,7 +16,7 @@ from verl_grad_routing.errors import UserError
 
 
 @DETECTORS.register("random")
-class RandomDirection(ActivationDetector):
+class RandomDirection(TokenDetector):
     """Projection on a Haar-random unit vector per layer: number ``direction_index`` of those that ``seed`` gives.
 
     Its sign means nothing, and one such direction can separate rollouts well by luck: compare with several.
@@ -26,7 +26,7 @@ class RandomDirection(ActivationDetector):
     needs_pairs: ClassVar[bool] = False
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(ActivationConfig):
+    class Config(TokenConfig):
         direction_index: int = 0  # which of the seed's directions
 
         def __post_init__(self) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from verl_grad_routing.deploy.artefact import load_adapted
 from verl_grad_routing.deploy.rates import Rate
 from verl_grad_routing.errors import UserError
 
@@ -84,8 +83,9 @@ def _tokenizer(base: Path) -> Any:
     return AutoTokenizer.from_pretrained(base)
 
 
-def measure(base: Path, adapter: Path, rows: Sequence[Row], settings: Retain) -> Measured:
-    model = load_adapted(str(base), adapter).to("cuda" if torch.cuda.is_available() else "cpu")
+def measure(model: Any, base: Path, rows: Sequence[Row], settings: Retain) -> Measured:
+    """The numbers of ``model``; the tokenizer is that of ``base``."""
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     nll = clean_nll(model, rows)
     if settings.validate is None or settings.reward is None:
         return Measured(nll)
