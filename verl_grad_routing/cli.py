@@ -18,7 +18,10 @@ from verl_grad_routing.commands import retain, tables
 from verl_grad_routing.commands import self_report as self_report_commands
 from verl_grad_routing.commands.bench_routing import routing
 from verl_grad_routing.commands.contrast import contrast
+from verl_grad_routing.commands.expand import expand
+from verl_grad_routing.commands.leakage import leakage
 from verl_grad_routing.commands.pairs import pairs
+from verl_grad_routing.commands.relearn import relearn
 from verl_grad_routing.commands.rft import rft_command
 from verl_grad_routing.commands.token_weights import token_weights
 from verl_grad_routing.errors import UserError
@@ -64,6 +67,7 @@ class Blocks(str, Enum):
 
     deployed = "deployed"
     both = "both"
+    quarantine = "quarantine"
 
 
 @app.command()
@@ -133,7 +137,9 @@ def export(
     format: Annotated[Format, typer.Option(help="peft: an adapter folder; hf: a whole model.")] = Format.peft,
     blocks: Annotated[
         Blocks | None,
-        typer.Option(help="deployed: no quarantine; both: as trained; what the preset deploys if not given."),
+        typer.Option(
+            help="deployed: no quarantine; both: as trained; quarantine: alone, a control; the preset's if not given."
+        ),
     ] = None,
     base_model: Annotated[str | None, typer.Option(help="Folder of the base model, if it has moved.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder, for the rates on the model card.")] = None,
@@ -317,6 +323,9 @@ app.command("rft")(rft_command)
 app.command("retain")(retain.retain)
 app.command()(pairs)
 app.command()(contrast)
+app.command()(expand)
+app.command()(leakage)
+app.command()(relearn)
 app.command()(token_weights)
 bench.command()(routing)
 

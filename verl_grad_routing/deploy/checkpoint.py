@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,6 +50,7 @@ class Layout:
     base_model: str
 
     kind: ClassVar[str] = "adapters"
+    removed: ClassVar[str] = "adapters"
 
     @property
     def default_blocks(self) -> str:
@@ -61,9 +62,14 @@ class Layout:
         return {
             "deployed_rank": self.deployed_rank,
             "quarantine_rank": self.quarantine_rank,
-            "rank": self.deployed_rank + (self.quarantine_rank if blocks == "both" else 0),
+            "rank": self.rank_of(blocks),
             "scaling": self.scaling,
         }
+
+    def rank_of(self, blocks: str) -> int:
+        """The rank of an adapter with ``blocks``: ``deployed``, ``quarantine`` or ``both``."""
+        ranks = {"deployed": self.deployed_rank, "quarantine": self.quarantine_rank}
+        return ranks.get(blocks, sum(ranks.values()))
 
     def rows(self) -> dict[str, Any]:
         """The same for a model card's table."""
@@ -80,14 +86,16 @@ class DenseLayout:
     Attributes:
         units: ``layers``, ``mlp_units`` and ``heads`` of the quarantine.
         shared: What belongs to neither block.
-        ablate_at_deployment: Deployment sets the quarantine's weights to zero.
+        ablate_at_deployment: Deployment sets the quarantine's weights to zero, or takes its units away.
         base_model: The model that training started from.
+        expansion: The record of ``vgr expand``, where the quarantine is what that has added.
     """
 
     units: Mapping[str, list[int]]
     shared: list[str]
     ablate_at_deployment: bool
     base_model: str
+    expansion: Mapping[str, Any] | None = None
 
     kind: ClassVar[str] = "dense"
 
@@ -95,9 +103,13 @@ class DenseLayout:
     def default_blocks(self) -> str:
         return "deployed" if self.ablate_at_deployment else "both"
 
+    @property
+    def removed(self) -> str:
+        return "dense" if self.expansion is None else "expanded"
+
     def facts(self, blocks: str) -> dict[str, Any]:
         del blocks
-        return {"units": dict(self.units), "shared": self.shared}
+        return {"units": dict(self.units), "shared": self.shared, "expansion": self.expansion}
 
     def rows(self) -> dict[str, Any]:
         return {
@@ -169,11 +181,11 @@ def find_checkpoint(path: Path) -> Checkpoint:
     cls = LAYOUTS.get(saved.get("kind", Layout.kind))
     if cls is None:
         raise UserError(f"{actor / LAYOUT_FILE}:kind", saved["kind"], f"known: {', '.join(LAYOUTS)}")
-    keys = [field.name for field in fields(cls)]
-    missing = [key for key in keys if key not in saved]
+    keys = {field.name: field.default is MISSING for field in fields(cls)}
+    missing = [key for key, needed in keys.items() if needed and key not in saved]
     if missing:
         raise UserError(f"{actor / LAYOUT_FILE}:{missing[0]}", None, "missing: a checkpoint of another layout")
-    layout = cls(**{key: saved[key] for key in keys})
+    layout = cls(**{key: saved[key] for key in keys if key in saved})
     number = actor.parent.name.removeprefix(_STEP_FOLDER)
     return Checkpoint(actor, int(number) if number.isdecimal() else None, layout)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         deployed_only,
         join_blocks,
         joined_lora_config,
+        quarantine_only,
         split_blocks,
         vllm_ranks,
     )
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "blocks": "BLOCKS DEPLOYED_ADAPTER QUARANTINE_ADAPTER block_of block_parameters check_ranks check_total_rank "
-    "deployed_only join_blocks joined_lora_config split_blocks vllm_ranks",
+    "deployed_only join_blocks joined_lora_config quarantine_only split_blocks vllm_ranks",
     "contrast": "Contrast load_contrast save_contrast",
     "initialise": "INITIALISATIONS check_contrast initialisation_report initialise_blocks register_initialisation",
     "install": "RoutedLoraLinear RoutingContext add_blocks routing_context",
@@ -70,6 +71,7 @@ __all__ = [  # noqa: RUF022 (by module)
     "deployed_only",
     "join_blocks",
     "joined_lora_config",
+    "quarantine_only",
     "split_blocks",
     "vllm_ranks",
     "Contrast",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from verl_grad_routing.config import GradRoutingConfig, Methods
 from verl_grad_routing.detectors import BatchView, checked_scores, view_for
-from verl_grad_routing.detectors.evaluation import auroc, verdict_metrics
+from verl_grad_routing.detectors.evaluation import auroc, f1_rates, verdict_metrics
 from verl_grad_routing.detectors.held_out import held_out_metrics, verdict_rates
 from verl_grad_routing.directions.pairs import PairSet, save_pairs
 from verl_grad_routing.errors import UserError
@@ -94,6 +94,7 @@ class Router:
         if view.facts is not None and "hack" in view.facts:
             metrics["detector/auroc"] = auroc(scores_B, view.facts["hack"])
             rates = verdict_rates(judged.flagged_B, view.facts["hack"])
+            rates |= f1_rates(judged.flagged_B.cpu(), view.facts["hack"])
             metrics |= {f"detector/{name}": value for name, value in rates.items()}
             metrics |= self._verdict_metrics(view, scores_B)
         return judged, metrics

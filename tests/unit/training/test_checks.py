@@ -62,6 +62,19 @@ def test_every_preset_passes(folder: Path, preset: str) -> None:
     check(folder, preset=preset)
 
 
+EXPANSION = {"original": 320, "units": 64, "layers": [0, 1, 2]}
+
+
+def test_a_preset_that_reads_an_expanded_model(folder: Path) -> None:
+    """It passes on one, and names what makes one otherwise."""
+    with pytest.raises(UserError, match=r"grad_routing\.blocks\.units\.mlp_units='expanded'.*`vgr expand MODEL"):
+        check(folder, preset="era")
+    (folder / "model" / "config.json").write_text(json.dumps({**MODEL_CONFIG, "grad_routing_expansion": EXPANSION}))
+    check(folder, preset="era")
+    with pytest.raises(UserError, match=r"grad_routing\.blocks\.units\.layers=\[0\].*leave it null"):
+        check(folder, "grad_routing.blocks.units.layers=[0]", preset="era")
+
+
 @pytest.mark.parametrize("preset", ["corda", "scorda", "scorda_rev"])
 def test_presets_that_read_a_contrast(folder: Path, preset: str) -> None:
     """They pass with one that was made on the model, and are told apart from one of another model."""
@@ -142,6 +155,12 @@ def test_bad_input_is_one_line_with_key_and_fix(folder: Path, name: str) -> None
         check(folder, *overrides)
     message = str(caught.value)
     assert key in message and fix in message and "\n" not in message
+
+
+@pytest.mark.parametrize("preset", ["advantage_modification", "screen"])
+def test_a_rollout_that_is_alone_is_compared_with_nothing(folder: Path, preset: str) -> None:
+    with pytest.raises(UserError, match=r"rollout\.n=1: .* compares the rollouts of a prompt; set at least 2"):
+        check(folder, f"{ROLLOUT}.n=1", preset=preset)
 
 
 TOKENS = "{name: per_token, inner: {name: batch_quantile, route: 0.5, keep: 0.0}}"
@@ -300,10 +319,11 @@ def test_a_share_of_rollouts_without_the_quarantine(folder: Path, overrides: lis
     check(folder, f"{OFF}_share=0.25", *overrides)
 
 
-@pytest.mark.parametrize("alpha", ["1.5", "nan", "half", "inf"])
-def test_alpha_out_of_form(folder: Path, alpha: str) -> None:
-    with pytest.raises(UserError, match=r"grad_routing.intervention.alpha.*at most 1"):
-        check(folder, f"grad_routing.intervention.alpha={alpha}", preset="cloud")
+@pytest.mark.parametrize("key", ["alpha", "off_target"])
+@pytest.mark.parametrize("value", ["1.5", "nan", "half", "inf"])
+def test_alpha_out_of_form(folder: Path, key: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"grad_routing.intervention.{key}.*at most 1"):
+        check(folder, f"grad_routing.intervention.{key}={value}", preset="cloud")
 
 
 def test_adapters_have_no_activations_to_weigh(folder: Path) -> None:

@@ -101,7 +101,7 @@ class DenseUnits(BlockKind):
         return all_ablated(tensors, self.blocks), configuration
 
     def layout(self, engine: RoutedFSDPEngine) -> dict[str, Any]:
-        layout = self.blocks.as_layout()
+        layout, expansion = self.blocks.as_layout(), self.blocks.expansion
         shared = layout.pop("shared")
         return {
             "kind": self.name,
@@ -109,6 +109,7 @@ class DenseUnits(BlockKind):
             "shared": shared,
             "ablate_at_deployment": self.config.ablate_at_deployment,
             "base_model": str(engine.model_config.path),
+            "expansion": None if expansion is None else expansion.as_record(),
         }
 
 

@@ -22,6 +22,7 @@ from verl_grad_routing.training.checks import (
     sampling,
     start,
     tokens,
+    warm_up,
 )
 from verl_grad_routing.training.checks.run import MISSING, Run, get
 
@@ -38,6 +39,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     model.merge,
     methods.passes,
     start.files,
+    warm_up.card,
     methods.pairs,
     methods.groups,
     methods.fingerprints,
