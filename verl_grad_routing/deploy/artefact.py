@@ -29,13 +29,13 @@ def write_adapter(
 
     Args:
         adapters: Float32 parameters of both blocks, by the training model's names.
-        blocks: ``deployed``: that block alone, rank r_d. ``both``: rows of A and columns of B joined, rank r_d + r_q.
+        blocks: ``deployed``: that block alone, rank r_d. ``both``: rows of A and columns of B joined, rank r_d + r_q
+            (twice as much for two-sided blocks).
         base_model: Written as ``base_model_name_or_path``.
         targets: ``target_modules``.
     """
-    quarantine_rank = layout.quarantine_rank if blocks == "both" else 0
     config = LoraConfig(
-        **joined_lora_config(layout.deployed_rank, quarantine_rank, layout.scaling),
+        **joined_lora_config(layout.adapter_rank(blocks), 0, layout.scaling),
         target_modules=targets,
         bias="none",
         task_type="CAUSAL_LM",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 
 from verl_grad_routing.errors import UserError
+from verl_grad_routing.routing import get_form
 
 LAYOUT_FILE = "grad_routing_blocks.json"
 STATE_FILE = "grad_routing.pt"
@@ -41,6 +42,7 @@ class Layout:
         scaling: LoRA's alpha / rank, the same for both.
         ablate_at_deployment: Deployment deletes the quarantine.
         base_model: The model that was trained on, as the run's configuration names it.
+        form: What the blocks keep of each layer.
     """
 
     deployed_rank: int
@@ -48,6 +50,7 @@ class Layout:
     scaling: float
     ablate_at_deployment: bool
     base_model: str
+    form: str = "lora"
 
     kind: ClassVar[str] = "adapters"
 
@@ -56,12 +59,17 @@ class Layout:
         """What deployment keeps: ``deployed``, or ``both`` for a run whose blocks are not told apart."""
         return "deployed" if self.ablate_at_deployment else "both"
 
+    def adapter_rank(self, blocks: str) -> int:
+        """Rank of the plain adapter that ``blocks`` (``deployed`` or ``both``) are."""
+        return (self.deployed_rank + (self.quarantine_rank if blocks == "both" else 0)) * get_form(self.form).sides
+
     def facts(self, blocks: str) -> dict[str, Any]:
         """What an export of ``blocks`` says of the layout."""
         return {
             "deployed_rank": self.deployed_rank,
             "quarantine_rank": self.quarantine_rank,
-            "rank": self.deployed_rank + (self.quarantine_rank if blocks == "both" else 0),
+            "form": self.form,
+            "rank": self.adapter_rank(blocks),
             "scaling": self.scaling,
         }
 
@@ -69,6 +77,7 @@ class Layout:
         """The same for a model card's table."""
         return {
             "ranks in training": f"deployed {self.deployed_rank}, quarantine {self.quarantine_rank}",
+            **({} if self.form == "lora" else {"form of the blocks in training": self.form}),
             "scaling (alpha / rank)": self.scaling,
         }
 
@@ -169,11 +178,10 @@ def find_checkpoint(path: Path) -> Checkpoint:
     cls = LAYOUTS.get(saved.get("kind", Layout.kind))
     if cls is None:
         raise UserError(f"{actor / LAYOUT_FILE}:kind", saved["kind"], f"known: {', '.join(LAYOUTS)}")
-    keys = [field.name for field in fields(cls)]
-    missing = [key for key in keys if key not in saved]
+    missing = [field.name for field in fields(cls) if field.name not in saved and field.default is MISSING]
     if missing:
         raise UserError(f"{actor / LAYOUT_FILE}:{missing[0]}", None, "missing: a checkpoint of another layout")
-    layout = cls(**{key: saved[key] for key in keys})
+    layout = cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
     number = actor.parent.name.removeprefix(_STEP_FOLDER)
     return Checkpoint(actor, int(number) if number.isdecimal() else None, layout)
 

@@ -82,8 +82,8 @@ class Retain:
         """The training of the adapter in the folder ``adapter``, as verl's SFT trainer takes it."""
         own = (
             f"model.lora_adapter_path={adapter}",
-            f"model.lora_rank={layout.deployed_rank}",
-            f"model.lora_alpha={layout.scaling * layout.deployed_rank}",
+            f"model.lora_rank={layout.adapter_rank('deployed')}",
+            f"model.lora_alpha={layout.scaling * layout.adapter_rank('deployed')}",
             *self.overrides,
         )
         settings = {"steps": self.steps, "lr": self.lr, "batch_size": self.batch_size, "ranks": self.ranks}

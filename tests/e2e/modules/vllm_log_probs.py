@@ -16,7 +16,7 @@ def main(model: str, out: str, *adapters: str) -> None:
         model,
         dtype="float32",
         enable_lora=True,
-        max_lora_rank=16,
+        max_lora_rank=32,
         enforce_eager=True,
         max_model_len=32,
         gpu_memory_utilization=0.2,
