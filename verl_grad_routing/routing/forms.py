@@ -5,7 +5,8 @@ function is what the kernel runs, what is merged and what leaves for the rollout
 exact in every form (each token's part of the gradients of A and B is masked, and the chain rule from there is
 linear), and an exported adapter is the trained one.
 
-A part is a tensor of one block in one layer, the parameter ``lora_<part>.<adapter>.weight``. ``A`` and ``B`` are PEFT's.
+A part is a tensor of one block in one layer, the parameter ``lora_<part>.<adapter>.weight``; ``A`` and ``B`` are
+PEFT's own.
 
 Legend: ``I``, ``O`` input and output size of a layer; ``r`` rank of a block, ``r_d``, ``r_q`` of both.
 """

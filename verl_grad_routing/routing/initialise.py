@@ -221,9 +221,8 @@ def initialisation_report(model: nn.Module) -> InitialisationReport:
     cosines, moved, changes = [], [], set()
     for _, module in _adapted_modules(model):
         form = _form(module)
-        blocks = [
-            {part: t.detach().double() for part, t in parts_of(module, adapter).items()} for adapter in BLOCKS.values()
-        ]
+        held = [parts_of(module, adapter) for adapter in BLOCKS.values()]
+        blocks = [{part: value.detach().double() for part, value in parts.items()} for parts in held]
         frames = {"rows": [form.reads(parts) for parts in blocks]}
         frozen = [form.columns(parts) for parts in blocks]
         if frozen[0] is not None and frozen[1] is not None:
