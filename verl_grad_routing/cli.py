@@ -374,7 +374,7 @@ def _forms() -> list[tuple[str, str]]:
     from verl_grad_routing.routing import FORMS
 
     load_external_methods()
-    return [(name, _first_line(type(form))) for name, form in FORMS.items()]
+    return [(name, _first_line(type(FORMS[name]))) for name in sorted(FORMS)]
 
 
 def _environments() -> list[tuple[str, str]]:

@@ -33,7 +33,7 @@ def model(tmp_path: Path) -> Path:
     from verl_grad_routing.envs.loopholes.text import ALPHABET
 
     tokenizer, folder = build_tokenizer(ALPHABET), tmp_path / "model"
-    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer), intermediate_size=24).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in PAIRS))
     return folder
