@@ -234,11 +234,19 @@ def initialisation_report(model: nn.Module) -> InitialisationReport:
             cosines.append(float((next(units) @ next(units).t()).abs().max()))
         moved.extend(form.moved(parts) for parts in blocks)
         changes.add(form.change)
-    spans = {what: [_extent(found) for found in both] for what, both in norms.items() if both[0]}
-    modules = len(norms["rows"][0])
-    return InitialisationReport(
-        modules, *spans["rows"], max(cosines), max(moved), " ".join(sorted(changes)), *spans.get("columns", ())
+    deployed_rows, quarantine_rows = norms["rows"]
+    report = InitialisationReport(
+        len(deployed_rows),
+        _extent(deployed_rows),
+        _extent(quarantine_rows),
+        max(cosines),
+        max(moved),
+        " ".join(sorted(changes)),
     )
+    if not norms["columns"][0]:
+        return report
+    deployed_columns, quarantine_columns = map(_extent, norms["columns"])
+    return report._replace(deployed_column_norms=deployed_columns, quarantine_column_norms=quarantine_columns)
 
 
 def _extent(norms: list[Tensor]) -> tuple[float, float]:
