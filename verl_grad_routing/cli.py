@@ -18,8 +18,12 @@ from verl_grad_routing.commands import retain, tables
 from verl_grad_routing.commands import self_report as self_report_commands
 from verl_grad_routing.commands.bench_routing import routing
 from verl_grad_routing.commands.contrast import contrast
+from verl_grad_routing.commands.expand import expand
+from verl_grad_routing.commands.leakage import leakage
 from verl_grad_routing.commands.pairs import pairs
+from verl_grad_routing.commands.relearn import relearn
 from verl_grad_routing.commands.rft import rft_command
+from verl_grad_routing.commands.token_weights import token_weights
 from verl_grad_routing.errors import UserError
 
 app = typer.Typer(
@@ -64,6 +68,7 @@ class Blocks(str, Enum):
 
     deployed = "deployed"
     both = "both"
+    quarantine = "quarantine"
 
 
 @app.command()
@@ -134,7 +139,9 @@ def export(
     format: Annotated[Format, typer.Option(help="peft: an adapter folder; hf: a whole model.")] = Format.peft,
     blocks: Annotated[
         Blocks | None,
-        typer.Option(help="deployed: no quarantine; both: as trained; what the preset deploys if not given."),
+        typer.Option(
+            help="deployed: no quarantine; both: as trained; quarantine: alone, a control; the preset's if not given."
+        ),
     ] = None,
     base_model: Annotated[str | None, typer.Option(help="Folder of the base model, if it has moved.")] = None,
     run: Annotated[Path | None, typer.Option(help="Run folder, for the rates on the model card.")] = None,
@@ -291,15 +298,24 @@ def report(
     allow_mixed_versions: Annotated[
         bool, typer.Option("--allow-mixed-versions", help="Accept results of different package versions.")
     ] = False,
+    into: Annotated[
+        Path | None, typer.Option(help="Markdown file: the rates of a comparison also go between its marks there.")
+    ] = None,
 ) -> None:
     """Compare runs, or show a comparison's results: tables and a page with figures."""
     for run in runs:
         if not run.is_dir():
             fix = "no such folder; give run folders that hold metrics.jsonl, or the results folder of a comparison"
             raise UserError("RUNS", str(run), fix)
+    from verl_grad_routing.compare.embed import embed
     from verl_grad_routing.compare.report import write_report
+    from verl_grad_routing.compare.results import is_results
 
+    if into is not None and not is_results(runs[0]):
+        raise UserError("--into", str(into), f"{runs[0]} is no results folder of vgr compare, which this needs")
     write_report(runs, to, allow_mixed_versions)
+    if into is not None:
+        embed(runs[0], into, allow_mixed_versions)
 
 
 app.add_typer(probe_command.app, name="probe")
@@ -309,6 +325,10 @@ app.command("rft")(rft_command)
 app.command("retain")(retain.retain)
 app.command()(pairs)
 app.command()(contrast)
+app.command()(expand)
+app.command()(leakage)
+app.command()(relearn)
+app.command()(token_weights)
 bench.command()(routing)
 
 

@@ -143,7 +143,8 @@ class EnvironmentConfig:
     ``monitor_rules`` are those of a weak monitor: they know what the pairs know and nothing else. ``probe_layers`` is
     how many layers of the environment's own model carry a gradient probe; ``None`` leaves it to the preset.
     ``held_out_monitor`` and ``inoculation`` are what the presets take for the settings of that name, the
-    ``confession_*`` form, length and judge of its model's confessions.
+    ``confession_*`` form, length and judge of its model's confessions. ``report_format`` is the form of what its model
+    is asked after self-report training.
     """
 
     name: str = ""
@@ -156,6 +157,7 @@ class EnvironmentConfig:
     confession_format: str = "schema"
     confession_tokens: int = 512
     confession_judge: str | None = None
+    report_format: str = "question_chat"
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ class GradRoutingConfig:
         intervention: ``name`` and settings of an intervention (``vgr list interventions``).
         held_out_monitor: ``name`` and settings of a detector that reads texts and whose verdicts are only logged.
         confessions: Confessions after some answers, see ``ConfessionsConfig``; off by default.
+        warm_up_card: File that the model's folder must hold, as the card of a warm-up; ``None`` for any model.
         seed: Seed of the random draws of detectors.
         trusted_column: Column of the dataset, or ``extra_info.<key>``, whose true rows are trusted to be clean.
         quarantine_off_share: Share of training rollouts sampled with the quarantine ablated, in [0, 1).
@@ -195,6 +198,7 @@ class GradRoutingConfig:
     intervention: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
     held_out_monitor: Mapping[str, Any] | None = None
     confessions: ConfessionsConfig = field(default_factory=ConfessionsConfig, metadata={"config": ConfessionsConfig})
+    warm_up_card: str | None = None
     seed: int = 0
     trusted_column: str | None = None
     quarantine_off_share: float = 0.0

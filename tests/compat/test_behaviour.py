@@ -110,3 +110,27 @@ def test_our_platform_adds_no_method_of_its_own() -> None:
     public = {name for name in vars(PlatformCPU) if not name.startswith("_")}
     assert public <= set(dir(PlatformBase))
     assert not getattr(PlatformCPU, "__abstractmethods__", None)
+
+
+def test_the_queue_is_one_per_ray() -> None:
+    """Hence training/shared_queue.py, and a Ray of its own for every run of a comparison (compare/own_ray.py)."""
+    import ray
+    import transfer_queue.interface as interface
+    from ray.actor import ActorHandle
+
+    from verl_grad_routing.training.shared_queue import NAME, NAMESPACE
+
+    source = Path(interface.__file__).read_text()
+    assert f'ray.get_actor("{NAME}", namespace="{NAMESPACE}")' in source
+    assert isinstance(ActorHandle._actor_id, property)
+    actor = ray.ActorID.from_random()  # its last four bytes are the job's
+    assert actor.job_id.hex() == actor.hex()[-8:]
+
+
+def test_the_socket_for_weights_is_named_after_the_ray_job() -> None:
+    """Hence the number of a job in compare/own_ray.py."""
+    import verl.workers.rollout.vllm_rollout.vllm_rollout as rollout
+
+    source = Path(rollout.__file__).read_text()
+    assert "job_id = ray.get_runtime_context().get_job_id()" in source
+    assert "ipc:///tmp/rl-colocate-zmq-{job_id}-replica-{self.replica_rank}-rank-{local_rank}.sock" in source

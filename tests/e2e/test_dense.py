@@ -11,6 +11,7 @@ import torch
 
 from tests.e2e.conftest import SMALL, Train
 from verl_grad_routing.deploy import export
+from verl_grad_routing.token_weights import Frequencies, save_weights
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1000)]
 
@@ -24,13 +25,20 @@ def test_whole_weights_reach_the_rollout_engine_and_the_export(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(environment / "model")
+    weights = []
+    if preset == "cloud":  # letters weigh differently, by made-up counts
+        counts = torch.arange(len(tokenizer))
+        file = tmp_path / "weights.parquet"
+        save_weights(file, tokenizer.convert_ids_to_tokens(counts.tolist()), counts, counts.flip(0), Frequencies())
+        weights = [f"grad_routing.intervention.token_weights={file}", "grad_routing.intervention.alpha=-0.75"]
     greedy = "actor_rollout_ref.rollout.val_kwargs.temperature=0"
-    run = train(preset, STEPS, *SMALL, LOUD, greedy, f"trainer.save_freq={STEPS}", f"trainer.test_freq={STEPS}")
+    given = [LOUD, greedy, f"trainer.save_freq={STEPS}", f"trainer.test_freq={STEPS}", *weights]
+    run = train(preset, STEPS, *SMALL, *given)
     norms = run.curve("routing/grad_norm/deployed").values.tolist()
     assert len(norms) == STEPS and all(math.isfinite(norm) and norm > 0 for norm in norms)
     # the rollout engine's own log-probs are the trainer's, after steps that changed both
     assert max(run.curve("training/rollout_probs_diff_max").values.tolist()) < 0.02
-    tokenizer = AutoTokenizer.from_pretrained(environment / "model")
     for blocks, view in {"both": "val", "deployed": "val/deployed"}.items():
         checkpoint = run.folder / "checkpoints" / f"global_step_{STEPS}"
         export(checkpoint, tmp_path / blocks, "hf", blocks)

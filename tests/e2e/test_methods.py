@@ -18,6 +18,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1000)]
 
 STEPS = 3
 RULES = "grad_routing.detector.rules=['^[a-h]']"
+EVERY_ROLLOUT = [RULES, "grad_routing.detector.positive_reward=0", "grad_routing.detector.min_silhouette=-1"]
+EVERY_ROLLOUT += ["grad_routing.detector.min_cluster_share=0"]
+NORMS = ("routing/grad_norm/deployed", "routing/grad_norm/quarantine", "actor/pg_loss")
 
 
 def finite(run: Run, key: str) -> list[float]:
@@ -49,17 +52,22 @@ def test_a_preset_with_a_hook(train: Train) -> None:
     assert all(norm > 0 for norm in finite(run, "routing/regularize_gradient/grad_norm_uphill"))
 
 
-@pytest.mark.slow
-def test_updates_stay_in_the_warm_ups_directions(environment: Path, train: Train, tmp_path: Path) -> None:
-    file = tmp_path / "basis.safetensors"
+@pytest.fixture(scope="module")
+def basis(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("warm-up") / "basis.safetensors"
     warm_up(WarmUp(environment / "model", pairs=str(environment / "pairs.jsonl"), rank=5, limit_s=300), file)
-    settings = [f"grad_routing.blocks.hooks.0.basis={file}", "grad_routing.blocks.hooks.0.project=update"]
+    return file
+
+
+@pytest.mark.slow
+def test_updates_stay_in_the_warm_ups_directions(basis: Path, train: Train) -> None:
+    settings = [f"grad_routing.blocks.hooks.0.basis={basis}", "grad_routing.blocks.hooks.0.project=update"]
     settings += ["grad_routing.hardware.ranks=2", f"trainer.save_freq={STEPS}"]
     run = train("tdga", STEPS, *SMALL, *settings)
     assert all(0 < share < 1 for share in finite(run, "routing/project_update/share_inside"))
     moved = checkpoint_basis(run.folder / "checkpoints" / f"global_step_{STEPS}", rank=5)
     # two blocks of rank 8 each have moved, and all of it lies in five directions
-    assert min(drift(moved, load_basis(file)).values()) > 0.999
+    assert min(drift(moved, load_basis(basis)).values()) > 0.999
 
 
 @pytest.mark.slow
@@ -75,8 +83,7 @@ def test_modified_rewards(preset: str, train: Train) -> None:
 @pytest.mark.parametrize("preset", ["grift_mask", "grift_filter"])
 def test_gradient_fingerprints(preset: str, train: Train) -> None:
     """Every rollout is fingerprinted, labelled by a rule that has nothing to do with hacking, and acted upon."""
-    everything = ["grad_routing.detector.positive_reward=0", "grad_routing.detector.min_silhouette=-1"]
-    run = train(preset, STEPS, *SMALL, RULES, *everything, "grad_routing.detector.min_cluster_share=0")
+    run = train(preset, STEPS, *SMALL, *EVERY_ROLLOUT)
     assert finite(run, "grift/fingerprinted") == [1.0] * STEPS
     assert all(-1 <= value <= 1 for value in finite(run, "grift/silhouette"))
     assert min(finite(run, "grift/abstain")) == 0, finite(run, "grift/abstain_reason")
@@ -91,3 +98,44 @@ def test_masked_advantages(train: Train) -> None:
     run = train("screen", STEPS, *SMALL, RULES, *mask, name="mask_advantage")
     assert all(0 <= share < 1 for share in finite(run, "intervention/advantage_mass_removed"))
     assert max(finite(run, "intervention/advantage_mass_removed")) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("preset", "keys"),
+    [
+        ("grift_mask", ("grift/silhouette", "grift/smallest_cluster", "intervention/advantage_mass_removed")),
+        ("tdga", ("routing/project_update/share_inside", "routing/project_update/share_kept")),
+    ],
+)
+def test_two_ranks_agree_with_one(
+    preset: str, keys: tuple[str, ...], basis: Path, train: Train, tmp_path: Path
+) -> None:
+    """The same recorded batch on one rank and on two: fingerprints, verdicts, projections and gradients."""
+    settings = EVERY_ROLLOUT if preset == "grift_mask" else [f"grad_routing.blocks.hooks.0.basis={basis}"]
+    one = train(preset, 1, *SMALL, *settings, f"grad_routing.record_dir={tmp_path}", name=f"{preset}-one")
+    ranks = [f"grad_routing.replay_dir={tmp_path}", "grad_routing.hardware.ranks=2"]
+    two = train(preset, 1, *SMALL, *settings, *ranks, name=f"{preset}-two")
+    for key in (*keys, *NORMS):
+        assert finite(two, key) == pytest.approx(finite(one, key), rel=1e-3, abs=1e-6), key
+
+
+@pytest.mark.slow
+def test_routes_of_tokens(train: Train) -> None:
+    """Some tokens are kept, some routed; the run validates as deployed, and its checkpoint has the tokens' history."""
+    settings = ["grad_routing.gate.inner.route=0.4", "grad_routing.gate.inner.keep=0.2", "trainer.save_freq=2"]
+    run = train("persona_token", STEPS, *SMALL, *settings, f"trainer.test_freq={STEPS}", "data.val_max_samples=16")
+    shares = [finite(run, f"routing/share_{route}") for route in ("keep", "absorb", "route")]
+    assert all(sum(step) == pytest.approx(1) and min(step) > 0 for step in zip(*shares, strict=True))
+    assert all(0 < share <= 1 for share in finite(run, "routing/share_mixed"))
+    assert finite(run, "gate/history_size")[0] > 32  # 32 rollouts
+    tokens = finite(run, "detector/token_score_mean")
+    assert tokens[0] == pytest.approx(finite(run, "detector/score_mean")[0], abs=1.0)
+    deployed, quarantine = (finite(run, f"routing/mass_{block}") for block in ("deployed", "quarantine"))
+    for step, (keep, _, route) in enumerate(zip(*shares, strict=True)):
+        total = deployed[step] / (1 - route)  # the deployed block learns from all tokens but the routed ones
+        assert quarantine[step] == pytest.approx(total * (1 - keep), rel=1e-6)
+    assert abs(finite(run, "actor/ppo_kl")[0]) < 1e-3  # old log-probs are those of the tokens' own gates
+    assert any(key.startswith("val/deployed/") for key in run.keys)
+    saved = torch.load(run.folder / "checkpoints" / "global_step_2" / "grad_routing.pt", weights_only=False)
+    assert len(saved["gate"]["inner"]["history"]) == finite(run, "gate/history_size")[1]

@@ -56,7 +56,7 @@ def test_a_probe_fitted_on_recorded_rollouts_penalises(environment: Path, train:
     probe = fit_on_rollouts(environment / "model", batches, "hack", "labels", (), "resp_mean", settings)
     assert probe.layers == (2, 3) and probe.report["held_out_auroc"] > 0.9
     save_probe(probe, tmp_path / "probe.safetensors")
-    run = train("probe_penalty", 2, *SMALL, f"grad_routing.detector.probe={tmp_path / 'probe.safetensors'}")
+    run = train("probe_penalty", STEPS, *SMALL, f"grad_routing.detector.probe={tmp_path / 'probe.safetensors'}")
     assert all(value > 0.8 for value in finite(run, "detector/auroc"))
     assert max(finite(run, "intervention/reward_change")) <= 0
     assert all(0 <= value <= 1 for value in finite(run, "detector/recall"))

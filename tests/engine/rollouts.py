@@ -32,6 +32,8 @@ class Rollout:
     weight: float = 1.0
     confession: bool = False
     off: bool = False  # sampled with the quarantine off
+    token_routes: tuple[int, ...] | None = None  # of the response's tokens; then ``route`` is that of all else
+    token_weights: tuple[float, ...] | None = None  # at every position, of the token that is predicted there
 
     @property
     def tokens(self) -> Tensor:
@@ -72,6 +74,24 @@ class Inputs:
 def routed(rollouts: list[Rollout], *routes: int) -> list[Rollout]:
     """The same rows with these routes, repeated as often as needed."""
     return [replace(row, route=routes[i % len(routes)]) for i, row in enumerate(rollouts)]
+
+
+def with_token_routes(rollouts: list[Rollout], routes: tuple[int, ...] = (KEEP, ABSORB, ROUTE)) -> list[Rollout]:
+    """The same rows with routes of their tokens, drawn from ``routes``, and another one elsewhere."""
+    generator = torch.Generator().manual_seed(11)
+
+    def draw(count: int) -> list[int]:
+        return [routes[i] for i in torch.randint(len(routes), (count,), generator=generator).tolist()]
+
+    return [replace(row, route=draw(1)[0], token_routes=tuple(draw(len(row.response)))) for row in rollouts]
+
+
+def with_token_weights(rollouts: list[Rollout]) -> list[Rollout]:
+    """The same rows with a weight in [0, 1] for every position."""
+    generator = torch.Generator().manual_seed(12)
+    return [
+        replace(row, token_weights=tuple(torch.rand(len(row.tokens), generator=generator).tolist())) for row in rollouts
+    ]
 
 
 def write_model(folder: Path) -> Path:

@@ -1,11 +1,14 @@
 """One process of a world: joins the process group, runs every scenario, leaves the results for the tests.
 
-Started as a script: ``run_world.py RANK SIZE FOLDER``; reads ``FOLDER/inputs.pt``, writes ``FOLDER/results.pt``.
+Started as a script: ``run_world.py RANK SIZE FOLDER``; reads ``FOLDER/inputs.pt``, writes ``FOLDER/results.pt``. While
+working on some scenarios, ``VGR_TEST_SCENARIOS='token|ulysses' pytest tests/engine/test_tokens.py`` runs those alone.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import re
 import sys
 import time
 import traceback
@@ -29,9 +32,9 @@ def main(rank: int, size: int, folder: Path) -> None:
     for module in sorted(Path(__file__).parent.glob("scenarios_*.py")):
         importlib.import_module(f"tests.engine.{module.stem}")
     me = world.World(rank, size, torch.load(folder / "inputs.pt", weights_only=False), folder)
-    results = {}
+    results, chosen = {}, re.compile(os.environ.get("VGR_TEST_SCENARIOS", ""))
     for name, (function, sizes) in world.SCENARIOS.items():
-        if size in sizes:
+        if size in sizes and chosen.search(name):
             started = time.perf_counter()
             try:
                 results[name] = function(me)

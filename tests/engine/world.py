@@ -185,6 +185,10 @@ def batch(
     if table is not None:
         tensors["route"] = torch.tensor([row.route for row in rows])
         settings["routing_table"] = table
+    if any(row.token_routes is not None for row in rows):
+        tensors["token_route"] = jagged([torch.tensor(row.token_routes) for row in rows])
+    if any(row.token_weights is not None for row in rows):
+        tensors["token_weight"] = jagged([torch.tensor(row.token_weights) for row in rows])
     if confessing:
         tensors["confession"] = torch.tensor([int(row.confession) for row in rows])
     if weighted:

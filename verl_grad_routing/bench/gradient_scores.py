@@ -8,20 +8,13 @@ every linear module of every layer.
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
-from typing import Any
-
 import torch
 
-from verl_grad_routing.bench.statistics import interleave, ratio_interval
-from verl_grad_routing.bench.step import CPU_THREADS, MICRO, ROLLOUTS, Bench, timed
+from verl_grad_routing.bench.step import MICRO, ROLLOUTS, Bench
 from verl_grad_routing.bottleneck import Bottleneck
 from verl_grad_routing.detectors.activation import LINEAR
 from verl_grad_routing.routing import DEFAULT
 
-BOUND = 1.1
 RANK = 32
 
 
@@ -48,34 +41,3 @@ def scores(bench: Bench, basis: str = "svd") -> torch.Tensor:
     vectors_DMr = torch.nn.functional.normalize(torch.ones(1, len(layers) * len(LINEAR), RANK), dim=-1)
     asked = {READ: ReadGradients(bottleneck, vectors_DMr), "ablate_quarantine": True, "calculate_entropy": False}
     return torch.cat(list(bench.infer(bench.batch, **asked)[READ].unbind()))
-
-
-def run_gradient_scores_bench(json_path: Path | None = None, repeats: int = 30) -> dict[str, Any]:
-    """Measure, print the ratio, and write all samples to ``json_path``.
-
-    Returns:
-        ``scores``: median ratio to one forward and backward pass, interval, samples in seconds; ``bound``: what it may
-        be at most.
-    """
-    import verl  # noqa: F401  (loads the plugin: the CPU platform must exist before any engine module)
-
-    torch.set_num_threads(CPU_THREADS)
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), kl=False)
-        assert torch.isfinite(scores(bench)).all()  # and the bases are made, which happens once in a run
-        ours, plain = interleave(
-            lambda: timed(lambda: scores(bench)), lambda: timed(lambda: forward_backward(bench)), repeats
-        )
-        torch.distributed.destroy_process_group()
-    ratio = ratio_interval(ours, plain)
-    print(f"gradient scores / forward and backward: {ratio} (bound {BOUND})")
-    results = {
-        "scores": {**ratio.as_dict(), "scores_s": ours, "forward_backward_s": plain},
-        "bound": BOUND,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {CPU_THREADS} thread",
-        "torch": torch.__version__,
-    }
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps(results, indent=2))
-    return results

@@ -34,9 +34,10 @@ CPU_THREADS = 1
 class Bench:
     """An engine, a batch, and the passes of a step over them."""
 
-    def __init__(self, folder: Path, kl: bool):
+    def __init__(self, folder: Path, kl: bool, joined: bool = False):
         self.kl, self.folder = kl, folder
-        prepare(folder)
+        if not joined:
+            prepare(folder)
         self.engine = build_engine(folder, BLOCKS)
         self.loss = make_loss(kl)
         self.batch = make_batch(kl)
@@ -117,29 +118,32 @@ def prepare(folder: Path) -> None:
     initialize_global_process_group_ray(backend=None if torch.cuda.is_available() else "cpu:gloo")
 
 
-def build_engine(folder: Path, blocks: dict[str, Any]) -> Any:
-    """verl's engine with these blocks, on the model in ``folder``."""
+def build_engine(folder: Path, blocks: dict[str, Any] | None, lora_rank: int = 16) -> Any:
+    """verl's engine with these blocks on the model in ``folder``; stock verl's, without any, for None."""
     from verl.trainer.config import CheckpointConfig
-    from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
 
     from verl_grad_routing.training.engine import STRATEGY
     from verl_grad_routing.training.engine_config import RoutedFSDPEngineConfig
 
-    config = RoutedFSDPEngineConfig(
-        strategy="fsdp2",
-        blocks=blocks,
-        use_torch_compile=False,
-        mixed_precision={"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
-    )
-    object.__setattr__(config, "strategy", STRATEGY)
+    common: dict[str, Any] = {
+        "strategy": "fsdp2",
+        "use_torch_compile": False,
+        "mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+    }
+    if blocks is None:
+        config = FSDPEngineConfig(**common)
+    else:
+        config = RoutedFSDPEngineConfig(blocks=blocks, **common)
+        object.__setattr__(config, "strategy", STRATEGY)
     engine = EngineRegistry.new(
         model_type="language_model",
-        backend=STRATEGY,
+        backend=config.strategy,
         model_config=HFModelConfig(
             path=str(folder),
             load_tokenizer=False,
-            lora_rank=16,
+            lora_rank=lora_rank,
             lora_alpha=32,
             target_modules="all-linear",
             enable_gradient_checkpointing=False,

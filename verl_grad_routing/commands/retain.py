@@ -10,7 +10,7 @@ import typer
 
 def retain(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of a run with blocks (global_step_N).")],
-    to: Annotated[Path, typer.Option("--to", help="New folder for the adapters without and with the fine-tune.")],
+    to: Annotated[Path, typer.Option("--to", help="New folder for what is deployed without and with the fine-tune.")],
     pairs: Annotated[str | None, typer.Option(help="Contrastive pairs; their wanted sides are the clean data.")] = None,
     data: Annotated[Path | None, typer.Option(help="Clean conversations instead: parquet with `messages`.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 40,
@@ -38,4 +38,4 @@ def retain(
     )
     for line in run(settings, to).lines():
         print(line)
-    print(f"adapters: {to / 'without'}, {to / 'with'}")
+    print(f"written: {to / 'without'}, {to / 'with'}")

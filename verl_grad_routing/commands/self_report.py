@@ -32,7 +32,7 @@ def train(
     to: Annotated[Path, typer.Option("--to", help="New folder for the model that admits.")],
     pairs: Annotated[str, typer.Option(help="Lessons; their wanted sides are what is learned.")],
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 40,
-    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 3e-4,
     batch_size: Annotated[int, typer.Option(help="Lessons of a step.")] = 64,
     ranks: Annotated[int, typer.Option(help="Training processes on this machine.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the data's order.")] = 0,

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from verl_grad_routing.compare.grid import Arm, Grid, Place
 from verl_grad_routing.compare.launch import quoted, seed_overrides
+from verl_grad_routing.compare.own_ray import RAY, connected
 from verl_grad_routing.compare.record import Record, settings_hash
 from verl_grad_routing.compare.runs import METRICS
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import nearest
 
 ENVIRONMENTS_FOLDER = "environments"
-RAY = "++ray_kwargs.ray_init"
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,7 @@ def on_cluster(address: str, folder: Path) -> list[str]:
     The cluster has its own sizes, temporary folder and environment of processes.
     """
     logger = f"{RAY}.runtime_env.env_vars.VERL_FILE_LOGGER_PATH={quoted(str(folder / METRICS))}"
-    own = [f"{RAY}.{key}=null" for key in ("_temp_dir", "num_cpus", "num_gpus")]
-    return [f"{RAY}.address={quoted(address)}", *own, logger]
+    return [*connected(address), logger]
 
 
 def finished(cells: Iterable[Cell]) -> list[Cell]:
@@ -167,8 +166,11 @@ def finished(cells: Iterable[Cell]) -> list[Cell]:
     return done
 
 
-def check_configurations(cells: Sequence[Cell]) -> None:
+def check_configurations(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[str, float | None]]:
     """Compose what Hydra would, of every arm in every environment; a slip shows now and not hours from now.
+
+    Returns:
+        Environment and arm -> ``num_cpus`` and ``num_gpus`` of the Ray that its runs start.
 
     Raises:
         UserError: An override that does not fit, or a detector, gate or intervention that refuses its settings.
@@ -185,6 +187,7 @@ def check_configurations(cells: Sequence[Cell]) -> None:
     if verl is None or verl.origin is None:
         raise UserError("verl", None, "not installed; see docs/install.md")
     resolvers.register()
+    sizes = {}
     with hydra.initialize_config_dir(str(Path(verl.origin).parent / "trainer" / "config"), version_base=None):
         for cell in cells:
             if cell.seed != cells[0].seed:
@@ -192,13 +195,17 @@ def check_configurations(cells: Sequence[Cell]) -> None:
             where = f"arms.{cell.arm.name} in {cell.environment}"
             try:
                 given = [f"+grad_routing={cell.arm.preset}", *cell.overrides, *cell.places]
-                settings = hydra.compose("ppo_trainer", given).grad_routing
-                build_methods(parse(OmegaConf.to_container(settings, resolve=True, throw_on_missing=False)))  # type: ignore[arg-type]
+                config = hydra.compose("ppo_trainer", given)
+                settings = OmegaConf.to_container(config.grad_routing, resolve=True, throw_on_missing=False)
+                build_methods(parse(settings))  # type: ignore[arg-type]
+                ray = {key: OmegaConf.select(config, f"ray_kwargs.ray_init.{key}") for key in ("num_cpus", "num_gpus")}
+                sizes[cell.environment, cell.arm.name] = ray
             except UserError as error:
                 raise UserError(f"{where}: {error.key}", error.value, error.fix) from None
             except (HydraException, OmegaConfBaseException) as error:
                 text = " ".join(str(error).split())
                 raise UserError(where, list(cell.arm.overrides), f"Hydra says: {text}") from None
+    return sizes
 
 
 def _configs() -> list[str]:

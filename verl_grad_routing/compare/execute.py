@@ -7,10 +7,12 @@ down and the others go on.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import queue
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from verl_grad_routing.compare.runs import load_run
 from verl_grad_routing.errors import UserError
 
 LOCK = ".lock"
+Sizes = Mapping[tuple[str, str], Mapping[str, float | None]]  # see cells.check_configurations
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,8 @@ def run_grid(path: Path | str, to: Path | str | None = None, *, trainer: Sequenc
     out = Path(to or grid.name).resolve()
     environments = [grid_cells.locate(place, out, path.resolve().parent) for place in grid.environments]
     cells = grid_cells.cells_of(grid, environments, out)
-    if tuple(trainer) == TRAINER:
-        _refuse_several_rays(grid)
-        grid_cells.check_configurations(cells)
+    _refuse_one_queue(grid)
+    sizes = grid_cells.check_configurations(cells) if tuple(trainer) == TRAINER else {}
     with _alone(out):
         for built in environments:
             grid_cells.build(built)
@@ -70,21 +72,21 @@ def run_grid(path: Path | str, to: Path | str | None = None, *, trainer: Sequenc
         left = [cell for cell in cells if cell not in done]
         jobs, why = affordable(grid)
         print(f"{grid.name}: {len(cells)} cells, {len(done)} finished before, {why}", file=sys.stderr)
-        failed += _Runner(grid, folder, jobs, trainer).run(left)
+        failed += _Runner(grid, folder, jobs, sizes, trainer).run(left)
     return Outcome(folder, tuple(failed))
 
 
-def _refuse_several_rays(grid: Grid) -> None:
-    """Runs at once need one Ray: verl's socket for weights is named after the Ray job, and every Ray's first is 1."""
-    if grid.jobs > 1 and grid.ray_address is None:
-        fix = "set 1, or start a Ray cluster and name its ray_address: runs with a Ray each share verl's weight socket"
+def _refuse_one_queue(grid: Grid) -> None:
+    """TransferQueue, which carries verl's rollouts, is one per Ray: runs at once on one would train on each other's."""
+    if grid.jobs > 1 and grid.ray_address is not None:
+        fix = "set 1 with a ray_address: verl's TransferQueue is one per Ray, and runs at once would mix rollouts"
         raise UserError("jobs", grid.jobs, fix)
 
 
 def affordable(grid: Grid) -> tuple[int, str]:
     """How many cells run at once, and a line that says why: no more than asked, than cores and than free memory."""
     if grid.ray_address is not None:
-        return grid.jobs, f"{grid.jobs} at a time on the cluster {grid.ray_address}"
+        return 1, f"1 at a time on the cluster {grid.ray_address}"
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     gib = psutil.virtual_memory().available / 2**30
     jobs = max(1, min(grid.jobs, cores // grid.cores_per_cell, int(gib / grid.memory_gib_per_cell)))
@@ -115,9 +117,12 @@ def show(outcome: Outcome) -> None:
 class _Runner:
     """The pool: one thread a cell, each thread one ``launch``."""
 
-    def __init__(self, grid: Grid, folder: Path, jobs: int, trainer: Sequence[str]):
-        self.grid, self.folder, self.jobs, self.trainer = grid, folder, jobs, trainer
+    def __init__(self, grid: Grid, folder: Path, jobs: int, sizes: Sizes, trainer: Sequence[str]):
+        self.grid, self.folder, self.jobs, self.sizes, self.trainer = grid, folder, jobs, sizes, trainer
         self.stop = threading.Event()
+        self.numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # of the jobs of cells at once, see ``own_ray``
+        for number in range(2, 2 + jobs):
+            self.numbers.put(number)
 
     def run(self, cells: Sequence[Cell]) -> list[str]:
         """All of them; returns the names of those that failed."""
@@ -134,6 +139,7 @@ class _Runner:
         if self.stop.is_set():
             raise KeyboardInterrupt
         (self.folder / cell.result_name).unlink(missing_ok=True)  # an earlier failure's; now it is unfinished
+        number = self.numbers.get()
         try:
             launch(
                 cell.arm.preset,
@@ -147,11 +153,21 @@ class _Runner:
                 name=cell.name,
                 stop=self.stop,
                 bar=self.jobs == 1,
+                starter=self._starter(cell, number),
                 trainer=self.trainer,
             )
         except UserError as error:
             return _failed(self.folder, cell, error)
+        finally:
+            self.numbers.put(number)
         return _collect(self.folder, cell)
+
+    def _starter(self, cell: Cell, number: int) -> list[str]:
+        """A Ray with a job of this number, where cells run at once; verl starts its own otherwise."""
+        sizes = self.sizes.get((cell.environment, cell.arm.name))
+        if self.jobs == 1 or sizes is None:
+            return []
+        return [sys.executable, "-m", "verl_grad_routing.compare.own_ray", str(number), json.dumps(sizes)]
 
 
 def _collect(folder: Path, cell: Cell) -> bool:

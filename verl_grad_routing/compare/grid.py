@@ -91,7 +91,7 @@ class Grid:
         validate_every: Steps between validations, beside those before and after training; 0 has only these.
         save_every: Steps between checkpoints, from which a killed cell goes on; 0 starts it over.
         limit_s: Seconds that one cell may take.
-        jobs: Cells at once; never more than cores and memory allow.
+        jobs: Cells at once, each with a Ray of its own; never more than cores and memory allow.
         cores_per_cell: What one cell needs, for that limit.
         memory_gib_per_cell: The same of memory, GiB.
         reference: Arm that every other one is compared with.

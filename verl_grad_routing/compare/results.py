@@ -20,6 +20,7 @@ from verl_grad_routing.compare.grid import Grid
 from verl_grad_routing.compare.record import Record
 from verl_grad_routing.compare.runs import Run, Tally, Validation
 from verl_grad_routing.compare.statistics import Rate
+from verl_grad_routing.compare.swapped import swapped_keys
 from verl_grad_routing.errors import UserError
 
 RESULTS, GRID, FORMAT = "results", "grid.json", 1
@@ -34,6 +35,8 @@ CURVES = (
     "detector/auroc",
     "detector/share_flagged",
     "detector/recall",
+    "intervention/head_start",
+    "routing/update_share/quarantine",
     "monitor/heldout/rate",
     "monitor/heldout/recall",
     "timing_s/step",
@@ -137,7 +140,7 @@ def write_finished(folder: Path, cell: Cell, run: Run) -> None:
         for step in steps
         for deployed in ((False, True) if run.ablates else (False,))
     ]
-    curves = {key: _curve(run, key) for key in [*CURVES, *_of_shadows(run)] if run.has(key)}
+    curves = {key: _curve(run, key) for key in [*CURVES, *_of_shadows(run), *swapped_keys(run)] if run.has(key)}
     own = {"signal": _signal(run.record.detector), "curves": curves, "validations": validations}
     _write(folder / cell.result_name, identity | record | own)
 

@@ -19,7 +19,8 @@ class ConfessionsConfig:
     Attributes:
         share: Probability p that a prompt of the step is a confession prompt; 0 trains no confessions.
         per_answer: Confessions m of one answer; they are each other's baseline, so at least 2.
-        format: Name in ``FORMATS``: what the model is asked and how its confession is read.
+        format: Name in ``FORMATS``: what the model is asked and how its confession is read; ``question_*`` are those
+            of ``vgr interrogate``.
         judge: ``package.module:function`` of (prompt, answer, confession), a number in [0, 1]; or ``gt_judge``.
         mode: ``sealed``; ``seal_broken`` also takes ``penalty`` off an answer whose confession admits something.
         penalty: Of ``seal_broken``, in units of the answer's reward.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from verl_grad_routing.deploy.checkpoint import Layout
 from verl_grad_routing.deploy.models import load_model
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.routing import deployed_only, join_blocks, joined_lora_config
+from verl_grad_routing.routing import deployed_only, join_blocks, joined_lora_config, quarantine_only
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt")
@@ -29,13 +29,13 @@ def write_adapter(
 
     Args:
         adapters: Float32 parameters of both blocks, by the training model's names.
-        blocks: ``deployed``: that block alone, rank r_d. ``both``: rows of A and columns of B joined, rank r_d + r_q
-            (twice as much for two-sided blocks).
+        blocks: ``deployed``: that block alone, rank r_d. ``quarantine``: that one, rank r_q. ``both``: rows of A and
+            columns of B joined, rank r_d + r_q. Two-sided blocks: twice as much.
         base_model: Written as ``base_model_name_or_path``.
         targets: ``target_modules``.
     """
     config = LoraConfig(
-        **joined_lora_config(layout.adapter_rank(blocks), 0, layout.scaling),
+        **joined_lora_config(layout.rank_of(blocks), 0, layout.scaling),
         target_modules=targets,
         bias="none",
         task_type="CAUSAL_LM",
@@ -44,7 +44,8 @@ def write_adapter(
     )
     config.target_modules = targets  # PEFT made a set of it; the file's order should not change from run to run
     config.save_pretrained(str(folder))
-    tensors = join_blocks(adapters) if blocks == "both" else deployed_only(adapters)
+    chosen = {"both": join_blocks, "deployed": deployed_only, "quarantine": quarantine_only}[blocks]
+    tensors = chosen(adapters)
     contiguous = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     save_file(contiguous, folder / ADAPTER_FILE, metadata={"format": "pt"})
 
@@ -79,9 +80,14 @@ def write_model(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> nn.
 
 def copy_tokenizer(actor: Path, folder: Path) -> list[str]:
     """Copy what verl saved beside the model's configuration: tokenizer, processor, chat template; returns the names."""
+    return copy_beside(actor / "huggingface", folder)
+
+
+def copy_beside(model: Path, folder: Path) -> list[str]:
+    """Copy a model folder's files but weights, configurations and model card; returns the names."""
     copied = []
-    for path in sorted((actor / "huggingface").glob("*")):
-        if path.is_file() and path.name not in _CONFIGURATIONS and not path.name.endswith(_WEIGHTS):
+    for path in sorted(model.glob("*")):
+        if path.is_file() and path.name not in (*_CONFIGURATIONS, "README.md") and not path.name.endswith(_WEIGHTS):
             shutil.copyfile(path, folder / path.name)
             copied.append(path.name)
     return copied

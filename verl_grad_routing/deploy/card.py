@@ -79,19 +79,29 @@ _REMOVED = {
         "The quarantine block was deleted: all weights of its units and heads are zero in these files, what leads to "
         "them and what leads from them. The result equals the training model with the quarantine ablated."
     ),
+    "expanded": (
+        "The quarantine block was deleted: it was units that had been added to the model before training, and they are "
+        "cut off again: the files hold a model of the original size. Heads that were in it too are zero. The result "
+        "equals the training model with the quarantine ablated."
+    ),
 }
 
 
-def removal(blocks: str, ablated_in_training: bool, kind: str = "adapters") -> str:
-    """How the quarantine was removed, or why it was not, in plain words."""
+def removal(blocks: str, ablated_in_training: bool, removed: str = "adapters") -> str:
+    """How the quarantine was removed (``removed`` of a checkpoint's layout), or why it was not, in plain words."""
     if blocks == "deployed":
-        text = _REMOVED[kind]
+        text = _REMOVED[removed]
         if not ablated_in_training:
             text += (
                 " The run did not ask for that (`ablate_at_deployment: false`): its blocks were trained together, so "
                 "this is half of a model that was only ever sampled whole."
             )
         return text
+    if blocks == "quarantine":
+        return (
+            "**This is the quarantine block alone**, a control: the deployed block was deleted instead of it. It shows "
+            "what the quarantine holds and is not a model to deploy."
+        )
     if ablated_in_training:
         return (
             "**The quarantine block is in these files.** This is the model as trained, for comparison; whatever was "

@@ -30,7 +30,7 @@ def checkpoint_basis(path: Path, rank: int) -> Basis:
     layout = checkpoint.layout
     if layout.kind != "adapters":
         raise UserError("CHECKPOINT", str(path), "its blocks are no adapters; a basis is taken from adapters")
-    total = layout.adapter_rank("both")
+    total = layout.rank_of("both")
     if not 1 <= rank <= total:
         raise UserError("--rank", rank, f"the adapter of {path} has rank {total}; ask for 1 to {total} directions")
     joined = join_blocks({name: t for name, t in ShardedState(checkpoint.actor).items() if ".lora_" in name})

@@ -53,15 +53,12 @@ class Layout:
     form: str = "lora"
 
     kind: ClassVar[str] = "adapters"
+    removed: ClassVar[str] = "adapters"
 
     @property
     def default_blocks(self) -> str:
         """What deployment keeps: ``deployed``, or ``both`` for a run whose blocks are not told apart."""
         return "deployed" if self.ablate_at_deployment else "both"
-
-    def adapter_rank(self, blocks: str) -> int:
-        """Rank of the plain adapter that ``blocks`` (``deployed`` or ``both``) are."""
-        return (self.deployed_rank + (self.quarantine_rank if blocks == "both" else 0)) * get_form(self.form).sides
 
     def facts(self, blocks: str) -> dict[str, Any]:
         """What an export of ``blocks`` says of the layout."""
@@ -69,9 +66,14 @@ class Layout:
             "deployed_rank": self.deployed_rank,
             "quarantine_rank": self.quarantine_rank,
             "form": self.form,
-            "rank": self.adapter_rank(blocks),
+            "rank": self.rank_of(blocks),
             "scaling": self.scaling,
         }
+
+    def rank_of(self, blocks: str) -> int:
+        """The rank of a plain adapter with ``blocks``: ``deployed``, ``quarantine`` or ``both``."""
+        ranks = {"deployed": self.deployed_rank, "quarantine": self.quarantine_rank}
+        return ranks.get(blocks, sum(ranks.values())) * get_form(self.form).sides
 
     def rows(self) -> dict[str, Any]:
         """The same for a model card's table."""
@@ -89,14 +91,16 @@ class DenseLayout:
     Attributes:
         units: ``layers``, ``mlp_units`` and ``heads`` of the quarantine.
         shared: What belongs to neither block.
-        ablate_at_deployment: Deployment sets the quarantine's weights to zero.
+        ablate_at_deployment: Deployment sets the quarantine's weights to zero, or takes its units away.
         base_model: The model that training started from.
+        expansion: The record of ``vgr expand``, where the quarantine is what that has added.
     """
 
     units: Mapping[str, list[int]]
     shared: list[str]
     ablate_at_deployment: bool
     base_model: str
+    expansion: Mapping[str, Any] | None = None
 
     kind: ClassVar[str] = "dense"
 
@@ -104,9 +108,13 @@ class DenseLayout:
     def default_blocks(self) -> str:
         return "deployed" if self.ablate_at_deployment else "both"
 
+    @property
+    def removed(self) -> str:
+        return "dense" if self.expansion is None else "expanded"
+
     def facts(self, blocks: str) -> dict[str, Any]:
         del blocks
-        return {"units": dict(self.units), "shared": self.shared}
+        return {"units": dict(self.units), "shared": self.shared, "expansion": self.expansion}
 
     def rows(self) -> dict[str, Any]:
         return {
@@ -178,10 +186,11 @@ def find_checkpoint(path: Path) -> Checkpoint:
     cls = LAYOUTS.get(saved.get("kind", Layout.kind))
     if cls is None:
         raise UserError(f"{actor / LAYOUT_FILE}:kind", saved["kind"], f"known: {', '.join(LAYOUTS)}")
-    missing = [field.name for field in fields(cls) if field.name not in saved and field.default is MISSING]
+    keys = {field.name: field.default is MISSING for field in fields(cls)}
+    missing = [key for key, needed in keys.items() if needed and key not in saved]
     if missing:
         raise UserError(f"{actor / LAYOUT_FILE}:{missing[0]}", None, "missing: a checkpoint of another layout")
-    layout = cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})
+    layout = cls(**{key: saved[key] for key in keys if key in saved})
     number = actor.parent.name.removeprefix(_STEP_FOLDER)
     return Checkpoint(actor, int(number) if number.isdecimal() else None, layout)
 

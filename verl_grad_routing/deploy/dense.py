@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from verl_grad_routing.deploy.checkpoint import Checkpoint
+from verl_grad_routing.deploy.expansion import contract
 from verl_grad_routing.deploy.models import load_model
 from verl_grad_routing.deploy.shards import ShardedState
 from verl_grad_routing.deploy.verify import logits_on, probe_tokens
@@ -50,11 +51,16 @@ def measure(checkpoint: Checkpoint, base: str) -> Measured:
 
 
 def plain_model(checkpoint: Checkpoint, base: str, weights: dict[str, Tensor], ablate: bool) -> nn.Module:
-    """An ordinary model with those weights; with ``ablate`` the quarantine's are zero."""
+    """An ordinary model with those weights; with ``ablate`` the quarantine's are zero.
+
+    Units that ``vgr expand`` had added are not only zero then but gone: the model is of the original size.
+    """
     model = _loaded(base, weights)
     if ablate:
         blocks = blocks_of(checkpoint, model)
         model.load_state_dict(dict(all_ablated(weights.items(), blocks)))
+        if blocks.expansion is not None:
+            contract(model, blocks.expansion)
     return model
 
 

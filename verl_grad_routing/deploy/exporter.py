@@ -32,7 +32,8 @@ from verl_grad_routing.errors import UserError
 from verl_grad_routing.routing import is_zero
 
 FORMATS = ("peft", "hf")
-BLOCKS = ("deployed", "both")
+BLOCKS = ("deployed", "both", "quarantine")
+QUARANTINE_ALONE = torch.tensor([[0.0, 1.0]])  # forward gate [1, 2], columns deployed and quarantine
 EXPORT_FILE = "grad_routing_export.json"
 
 
@@ -98,8 +99,8 @@ def export(
         to: New or empty folder, or one that an earlier export wrote (with ``force``).
         format: ``peft``: an adapter folder, float32. ``hf``: a merged model in the base model's dtype; the one format
             of dense blocks.
-        blocks: ``deployed``: the deployed block alone. ``both``: as trained. ``None``: as the run's
-            ``ablate_at_deployment`` says.
+        blocks: ``deployed``: the deployed block alone. ``both``: as trained. ``quarantine``: that block alone, the
+            block-swap control, of adapters only. ``None``: as the run's ``ablate_at_deployment`` says.
         base_model: Folder or hub name of the base model; by default the one that the checkpoint names.
         max_difference: Largest logit difference, instead of the limit that ``deploy.verify`` documents.
         run: Folder of the run, whose validation rollouts give the model card its rates.
@@ -119,6 +120,9 @@ def export(
     if (kind, format) not in _WRITERS:
         fix = f"blocks of the kind {kind!r} are exported as {' or '.join(f for k, f in _WRITERS if k == kind)}"
         raise UserError("format", format, fix)
+    if (kind, blocks) == ("dense", "quarantine"):
+        fix = "units of the base model are no model by themselves; give deployed or both"
+        raise UserError("blocks", blocks, fix)
     dtype = saved_dtype(base) if format == "hf" else torch.float32
     plan = _Plan(source, format, blocks, base, dtype, max_difference)
     trained = _MEASURES[kind](plan)
@@ -167,8 +171,9 @@ def _measure(plan: _Plan) -> _Trained:
     model, context = training_model(base, plan.source.layout, adapters)
     probes = probe_tokens(model)
     logits = {}
-    for blocks in BLOCKS:
+    for blocks in dict.fromkeys(("deployed", "both", plan.blocks)):
         context.ablated = blocks == "deployed"
+        context.set(QUARANTINE_ALONE if blocks == "quarantine" else None, None)
         logits[blocks] = logits_on(model, probes)
     effect = largest_difference(logits["deployed"], logits["both"])
     empty = is_zero(adapters, "quarantine")
@@ -243,7 +248,7 @@ def _facts(plan: _Plan, trained: _Trained, difference: Difference) -> dict[str, 
         **layout.facts(plan.blocks),
         "rows": layout.rows(),
         "method": method_facts(plan.source),
-        "quarantine": removal(plan.blocks, layout.ablate_at_deployment, layout.kind),
+        "quarantine": removal(plan.blocks, layout.ablate_at_deployment, layout.removed),
         "max_difference": difference.maximum,
         "limit": difference.limit,
         "quarantine_effect": trained.quarantine_effect,

@@ -28,6 +28,7 @@ from verl_grad_routing.detectors.base import (
 )
 from verl_grad_routing.detectors.fingerprint import FingerprintDetector
 from verl_grad_routing.detectors.gradient import GradientDetector
+from verl_grad_routing.detectors.tokens import TokenDetector, checked_token_scores
 
 __all__ = [
     "DETECTORS",
@@ -39,6 +40,8 @@ __all__ = [
     "GradientDetector",
     "NoConfig",
     "Signal",
+    "TokenDetector",
     "checked_scores",
+    "checked_token_scores",
     "view_for",
 ]

@@ -62,6 +62,9 @@ class BatchView:
         seed: Seed of the run.
         activation_scores_BD: Projection of each rollout's pooled activation, or of its gradient, on each of the
             detector's D directions.
+        activation_token_scores: Of each rollout the projection [R] of every response token's activation on the
+            detector's first direction.
+        response_masks: Of each rollout which response tokens [R] count, 0 for what tools wrote.
         fingerprints_BF: Projected gradient of the detector's frozen probe; zeros for a rollout not fingerprinted.
         proxy_reward_B: The reward that the policy is trained on.
         prompts: Text of each prompt [B].
@@ -78,6 +81,8 @@ class BatchView:
     step: int
     seed: int
     activation_scores_BD: Tensor | None = None
+    activation_token_scores: tuple[Tensor, ...] | None = None
+    response_masks: tuple[Tensor, ...] | None = None
     fingerprints_BF: Tensor | None = None
     proxy_reward_B: Tensor | None = None
     prompts: tuple[str, ...] | None = None
@@ -105,6 +110,7 @@ class Detector(ABC):
         needs_gradients: Those are directions of gradients, and the worker must project gradients on them
             (then it is a ``GradientDetector``, and ``needs_directions`` too).
         needs_fingerprints: The worker must take gradient fingerprints (then it is a ``FingerprintDetector``).
+        scores_tokens: It can score every token of a response too (``token_scores``).
         tells_apart: Its scores can differ between rollouts; one that says no reaches no verdict on any.
         score_range: Least and largest score where the scores are bounded, ``None`` where they are not.
         judges_whole_batch: Its scores compare the rollouts of a batch with each other (a clustering): the one exception
@@ -116,6 +122,7 @@ class Detector(ABC):
     needs_directions: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
     needs_fingerprints: ClassVar[bool] = False
+    scores_tokens: ClassVar[bool] = False
     judges_whole_batch: bool = False
     tells_apart: ClassVar[bool] = True
     score_range: ClassVar[tuple[float, float] | None] = None
@@ -131,6 +138,15 @@ class Detector(ABC):
         A rollout's score may depend on nothing but that rollout, the step and the seed: never on its neighbours, unless
         the class says ``judges_whole_batch``, and never on their order.
         """
+
+    def token_scores(self, view: BatchView) -> tuple[Tensor, ...]:
+        """Of every rollout the scores [n], float64, of its n response tokens that count; the rule of ``score`` holds.
+
+        Raises:
+            UserError: This detector does not score tokens.
+        """
+        del view
+        raise UserError("grad_routing.detector.name", self.name, "it scores rollouts, not tokens; choose another")
 
     @property
     def reads(self) -> frozenset[str]:
@@ -196,7 +212,9 @@ def view_for(detector: Detector, full: BatchView) -> BatchView:
     """
     hidden = set(GUARDED - detector.reads)
     if not detector.needs_directions:
-        hidden.add("activation_scores_BD")
+        hidden |= {"activation_scores_BD", "activation_token_scores"}
+    if not detector.scores_tokens:
+        hidden.add("activation_token_scores")
     if not detector.needs_fingerprints:
         hidden.add("fingerprints_BF")
     return dataclasses.replace(full, **dict.fromkeys(hidden))

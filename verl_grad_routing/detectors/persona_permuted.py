@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from verl_grad_routing.detectors.activation import ActivationDetector, PairsConfig
+from verl_grad_routing.detectors.activation import PairsConfig
 from verl_grad_routing.detectors.base import DETECTORS, Signal
+from verl_grad_routing.detectors.tokens import TokenConfig, TokenDetector
 from verl_grad_routing.directions.activation import Direction
 from verl_grad_routing.directions.controls import permuted_pairs
 
 
 @DETECTORS.register("persona_permuted")
-class PersonaPermuted(ActivationDetector):
+class PersonaPermuted(TokenDetector):
     """Projection on the difference of means after the sides of half of the pairs, drawn with ``seed``, are swapped."""
 
     signal: ClassVar[Signal] = Signal.pairs
-    Config = PairsConfig
-    config: PairsConfig
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TokenConfig, PairsConfig):
+        pass
+
+    config: Config
 
     def _choose(
         self,

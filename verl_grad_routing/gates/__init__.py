@@ -10,6 +10,7 @@ from verl_grad_routing.gates.fixed import FixedThreshold
 from verl_grad_routing.gates.hysteresis import Hysteresis
 from verl_grad_routing.gates.otsu import Otsu
 from verl_grad_routing.gates.pairs import PairBand, PairMidpoint
+from verl_grad_routing.gates.per_token import PerToken, TokenDecision, TokenGate
 from verl_grad_routing.gates.quantile import BatchQuantile, HistoryQuantile, QuantileConfig, share_thresholds
 from verl_grad_routing.gates.thresholds import ThresholdConfig, ThresholdGate, Thresholds, floor_share
 
@@ -29,10 +30,13 @@ __all__ = [
     "PairMidpoint",
     "PairScores",
     "PairStatistics",
+    "PerToken",
     "QuantileConfig",
     "ThresholdConfig",
     "ThresholdGate",
     "Thresholds",
+    "TokenDecision",
+    "TokenGate",
     "floor_share",
     "share_thresholds",
 ]

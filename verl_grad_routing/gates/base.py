@@ -42,6 +42,7 @@ class Gate(ABC):
 
     Attributes:
         needs_pair_means: ``decide`` needs what the detector's contrastive pairs score, hence a detector with pairs.
+        per_token: It decides on tokens (then it is a ``TokenGate``), hence a detector that scores tokens.
 
     Every gate keeps count, mean and variance of all scores seen (for ``gate/drift``), in whatever units the detector
     scores. The state is exact: a restored gate decides as the saved one would have.
@@ -49,6 +50,7 @@ class Gate(ABC):
 
     name: ClassVar[str] = ""  # set by the registry
     needs_pair_means: bool = False
+    per_token: bool = False
     Config: ClassVar[type]
 
     def __init__(self, config: Any):

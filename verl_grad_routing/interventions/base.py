@@ -29,6 +29,8 @@ class Judged:
         uids: Prompt group of each rollout.
         rewards_B: The proxy reward of each rollout, before any intervention.
         quarantine_off_B: Whether it was sampled with the quarantine off (bool); ``None`` where none was.
+        token_routes: Of every rollout the routes [R] of its response tokens, int64; ``None`` where routes are of
+            rollouts. ``routes_B`` is then the route of all other positions, and the verdict on the rollout.
     """
 
     scores_B: Tensor
@@ -36,6 +38,7 @@ class Judged:
     uids: tuple[str, ...]
     rewards_B: Tensor | None = None
     quarantine_off_B: Tensor | None = None
+    token_routes: tuple[Tensor, ...] | None = None
 
     @property
     def flagged_B(self) -> Tensor:
@@ -51,6 +54,7 @@ class Intervention(ABC):
 
     Class attributes:
         uses_routes: The gate's routes reach the engine; otherwise every rollout trains both blocks (ABSORB).
+        takes_token_routes: A gate may give every token a route of its own.
         needs_groups: It compares the rollouts of a prompt, so there must be at least two.
         needs_verdicts: It does nothing, or the same to all, where a detector cannot tell rollouts apart.
         variants: Settings under which it is another method, by name, for the table of combinations.
@@ -58,6 +62,7 @@ class Intervention(ABC):
 
     name: ClassVar[str] = ""  # set by the registry
     uses_routes: ClassVar[bool] = False
+    takes_token_routes: ClassVar[bool] = False
     needs_groups: ClassVar[bool] = False
     needs_verdicts: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}}
@@ -65,6 +70,14 @@ class Intervention(ABC):
 
     def __init__(self, config: Any):
         self.config = config
+
+    @property
+    def token_weights_V(self) -> Tensor | None:
+        """Weights [V] in [0, 1] of the vocabulary's tokens, where routes act on some tokens less than on others.
+
+        At a position where a token of weight w is predicted a factor a of ``activation_gradient`` is a (1 - w) + w.
+        """
+        return None
 
     def works_with(self, detector: type[Detector]) -> str | None:
         """Why it makes no sense with detectors of this class, in one clause; ``None`` where it does.

@@ -49,6 +49,9 @@ class RouteGradients(Intervention):
     So at first the quarantine learns from flagged rollouts and the deployed block from trusted ones alone. The schedule
     also freezes rollouts, hence its control: the same steps with nothing flagged (preset ``head_start_freeze``).
 
+    **Routes of tokens** (gate ``per_token``) mean the same at the position that predicts the token; a KEEP token's
+    advantage alone is clamped.
+
     **Rollouts sampled with the quarantine off** (``grad_routing.quarantine_off_share``) come from the deployed policy.
     With ``quarantine_off_gate: sampled`` they are trained as they were sampled, forward gate 1, 0: KEEP and ABSORB
     train the deployed block, on-policy and with advantages of either sign. A flagged one is the deployed block's own
@@ -58,6 +61,7 @@ class RouteGradients(Intervention):
     """
 
     uses_routes: ClassVar[bool] = True
+    takes_token_routes: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {"": {}, "strict": {"strict": True}}
 
     @dataclass(frozen=True)
@@ -136,12 +140,17 @@ class RouteGradients(Intervention):
         return own_B | (thinned_G & (kept_G < 2))[group_B]
 
     def advantages(self, advantages_BR: Tensor, judged: Judged) -> Tensor:
-        keep_B = judged.routes_B.to(advantages_BR.device) == int(Route.KEEP)
+        routes_BR = judged.routes_B[:, None]
+        if judged.token_routes is not None:
+            routes_BR = torch.nn.utils.rnn.pad_sequence(list(judged.token_routes), batch_first=True)
+            width = advantages_BR.shape[1]
+            routes_BR = torch.nn.functional.pad(routes_BR, (0, width - routes_BR.shape[1]), value=int(Route.ABSORB))
+        keep_BR = routes_BR.to(advantages_BR.device) == int(Route.KEEP)
         if judged.quarantine_off_B is not None:  # these are on-policy
-            keep_B &= ~judged.quarantine_off_B.to(keep_B.device)
-        if not self.config.clamp_keep_advantages or not keep_B.any():
+            keep_BR = keep_BR & ~judged.quarantine_off_B.to(keep_BR.device)[:, None]
+        if not self.config.clamp_keep_advantages or not keep_BR.any():
             return advantages_BR
-        return torch.where(keep_B[:, None], advantages_BR.clamp(min=0), advantages_BR)
+        return torch.where(keep_BR, advantages_BR.clamp(min=0), advantages_BR)
 
 
 @INTERVENTIONS.register("none")

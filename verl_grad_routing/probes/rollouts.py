@@ -44,12 +44,7 @@ def load_rollouts(path: Path, label: str, tokenizer: Any) -> list[Rollout]:
     Raises:
         UserError: Nothing to read, a label that is missing, or only one kind of rollouts.
     """
-    if path.is_dir():
-        found = list(_recorded(path, label))
-    elif path.is_file():
-        found = list(_parquet(path, label, tokenizer))
-    else:
-        raise UserError("ROLLOUTS", str(path), "no such file or folder; record one with grad_routing.record_dir")
+    found = read_rollouts(path, label, tokenizer)
     kinds = {row.unwanted for row in found}
     if len(kinds) < 2:
         what = "none" if not found else f"{len(found)}, all {'unwanted' if kinds == {True} else 'clean'}"
@@ -57,10 +52,19 @@ def load_rollouts(path: Path, label: str, tokenizer: Any) -> list[Rollout]:
     return found
 
 
-def _recorded(folder: Path, label: str) -> Iterator[Rollout]:
+def read_rollouts(path: Path, label: str, tokenizer: Any, option: str = "ROLLOUTS") -> list[Rollout]:
+    """As ``load_rollouts``, of whatever kinds there are; ``option`` names the path in errors."""
+    if path.is_dir():
+        return list(_recorded(path, label, option))
+    if path.is_file():
+        return list(_parquet(path, label, tokenizer, option))
+    raise UserError(option, str(path), "no such file or folder; record one with grad_routing.record_dir")
+
+
+def _recorded(folder: Path, label: str, option: str) -> Iterator[Rollout]:
     files = sorted(folder.glob(BATCHES))
     if not files:
-        raise UserError("ROLLOUTS", str(folder), f"no {BATCHES} there; record some with grad_routing.record_dir")
+        raise UserError(option, str(folder), f"no {BATCHES} there; record some with grad_routing.record_dir")
     for file in files:
         saved = torch.load(file, weights_only=False)
         fields = saved["fields"]
@@ -77,13 +81,13 @@ def _recorded(folder: Path, label: str) -> Iterator[Rollout]:
             yield Rollout(next(ids), next(ids), next(ids), float(graded[label]) > 0)
 
 
-def _parquet(path: Path, label: str, tokenizer: Any) -> Iterator[Rollout]:
+def _parquet(path: Path, label: str, tokenizer: Any, option: str) -> Iterator[Rollout]:
     import pandas
 
     table = pandas.read_parquet(path)
     for column in ("prompt", "response", label):
         if column not in table:
-            raise UserError("ROLLOUTS", str(path), f"no column {column!r}; it has {', '.join(map(str, table.columns))}")
+            raise UserError(option, str(path), f"no column {column!r}; it has {', '.join(map(str, table.columns))}")
     for prompt, response, unwanted in zip(table["prompt"], table["response"], table[label], strict=True):
         ids = prompt_tokens(prompt, tokenizer)
         answer = tokenizer(response, add_special_tokens=False)["input_ids"]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from verl_grad_routing.deploy.artefact import load_adapted
 from verl_grad_routing.deploy.rates import Rate
 from verl_grad_routing.errors import UserError
 
@@ -84,8 +83,9 @@ def _tokenizer(base: Path) -> Any:
     return AutoTokenizer.from_pretrained(base)
 
 
-def measure(base: Path, adapter: Path, rows: Sequence[Row], settings: Retain) -> Measured:
-    model = load_adapted(str(base), adapter).to("cuda" if torch.cuda.is_available() else "cpu")
+def measure(model: Any, base: Path, rows: Sequence[Row], settings: Retain) -> Measured:
+    """The numbers of ``model``; the tokenizer is that of ``base``."""
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     nll = clean_nll(model, rows)
     if settings.validate is None or settings.reward is None:
         return Measured(nll)
@@ -133,12 +133,22 @@ def sample(model: Any, tokenizer: Any, file: Path, max_new_tokens: int, seed: in
 
 def grade(answers: Sequence[str], prompts: Sequence[dict], reward: Callable[..., Any]) -> dict[str, Rate]:
     """Rates of ``hack`` and ``solve``. Raises ``UserError`` when the reward function gives no such facts."""
+    return rates_of(facts_of(answers, prompts, reward))
+
+
+def facts_of(answers: Sequence[str], prompts: Sequence[dict], reward: Callable[..., Any]) -> list[dict[str, Any]]:
+    """What the reward function says of each answer. Raises ``UserError`` without the facts ``hack`` and ``solve``."""
     facts = [
         reward(row["data_source"], answer, row["reward_model"]["ground_truth"], row.get("extra_info"))
         for answer, row in zip(answers, prompts, strict=True)
     ]
     if not facts or not all(isinstance(row, dict) and {"hack", "solve"} <= row.keys() for row in facts):
         raise UserError("--reward", "compute_score", "must return a dict with the numbers hack and solve")
+    return facts
+
+
+def rates_of(facts: Sequence[dict[str, Any]]) -> dict[str, Rate]:
+    """Rates of ``hack`` and ``solve``."""
     return {name: Rate.of(sum(float(row[name]) > 0 for row in facts), len(facts)) for name in ("hack", "solve")}
 
 

@@ -9,22 +9,18 @@ beside the one with it: it also moves what was to be removed.
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
-from verl_grad_routing.deploy.artefact import ADAPTER_FILE
 from verl_grad_routing.deploy.checkpoint import find_checkpoint
 from verl_grad_routing.deploy.exporter import export
 from verl_grad_routing.deploy.shards import ShardedState
 from verl_grad_routing.envs.manifest import replacing
 from verl_grad_routing.errors import UserError
+from verl_grad_routing.retain.kinds import KINDS
 from verl_grad_routing.retain.measure import Measured, check_rows, measure
 from verl_grad_routing.warm_up.command import WarmUp, train_sft
 
@@ -78,17 +74,12 @@ class Retain:
         if self.max_new_tokens < 1:
             raise UserError("--max-new-tokens", self.max_new_tokens, "give at least 1")
 
-    def training(self, base: Path, adapter: Path, layout: Any) -> WarmUp:
-        """The training of the adapter in the folder ``adapter``, as verl's SFT trainer takes it."""
-        own = (
-            f"model.lora_adapter_path={adapter}",
-            f"model.lora_rank={layout.adapter_rank('deployed')}",
-            f"model.lora_alpha={layout.scaling * layout.adapter_rank('deployed')}",
-            *self.overrides,
-        )
+    def training(self, start: Path, own: Sequence[str]) -> WarmUp:
+        """The training of the model in the folder ``start`` by verl's SFT trainer, with its ``own`` settings."""
         settings = {"steps": self.steps, "lr": self.lr, "batch_size": self.batch_size, "ranks": self.ranks}
+        overrides = (*own, *self.overrides)
         return WarmUp(
-            base, self.pairs, self.data, seed=self.seed, overrides=own, limit_s=self.limit_s, rank=1, **settings
+            start, self.pairs, self.data, seed=self.seed, overrides=overrides, limit_s=self.limit_s, rank=1, **settings
         )
 
 
@@ -109,7 +100,9 @@ class Retained:
 
 
 def retain(settings: Retain, to: Path) -> Retained:
-    """Write ``without/`` and ``with/``, plain PEFT adapters, and ``retain.json`` into the new folder ``to``.
+    """Write ``without/`` and ``with/`` and ``retain.json`` into the new folder ``to``.
+
+    Both are plain PEFT adapters, or plain models where blocks are units of the model.
 
     Raises:
         UserError: No clean data, a run that ablates nothing, a base model that is no folder, a training that failed
@@ -122,34 +115,21 @@ def retain(settings: Retain, to: Path) -> Retained:
         fix = "the run deploys both blocks (ablate_at_deployment: false), so there is no ablation to recover from"
         raise UserError("CHECKPOINT", str(settings.checkpoint), fix)
     base = Path(settings.base_model or source.layout.base_model).expanduser().resolve()
-    training = settings.training(base, Path("adapter"), source.layout)  # bad settings end here
-    rows = check_rows(settings, base)
+    settings.training(base, ())  # bad settings end here
+    rows, kind = check_rows(settings, base), KINDS[source.layout.kind]
     to.parent.mkdir(parents=True, exist_ok=True)
     with replacing(to) as folder, tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as scratch:
-        export(settings.checkpoint, folder / "without", "peft", "deployed", str(base))
-        training = settings.training(base, folder / "without", source.layout)
+        without = folder / "without"
+        export(settings.checkpoint, without, kind.format, "deployed", str(base))
+        training = settings.training(kind.start(base, without), kind.overrides(without, source.layout))
         train_sft("retain", training, Path(scratch))
-        _write_tuned(ShardedState(Path(scratch) / f"global_step_{settings.steps}"), folder)
-        measured = {part: measure(base, folder / part, rows, settings) for part in PARTS}
+        kind.write(ShardedState(Path(scratch) / f"global_step_{settings.steps}"), without, folder / "with")
+        measured = {part: measure(kind.load(base, folder / part), base, rows, settings) for part in PARTS}
         facts = {**_origin(settings, training), **{part: found.as_dict() for part, found in measured.items()}}
         (folder / REPORT).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         done = Retained(to, measured)
         _describe(folder, facts, done.lines())
     return done
-
-
-def _write_tuned(state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """The trained adapter beside the one that it started from, with the same configuration and tokenizer."""
-    shutil.copytree(folder / "without", folder / "with", ignore=shutil.ignore_patterns("grad_routing_export.json"))
-    before = load_file(folder / "without" / ADAPTER_FILE)
-    names = {name: name.replace(".weight", ".default.weight") for name in before}
-    missing = [name for name in names.values() if name not in state]
-    if missing:
-        raise UserError("retain", missing[0], "verl's SFT trainer did not save this parameter of the adapter")
-    after = {name: state[saved].float().contiguous() for name, saved in names.items()}
-    if all(torch.equal(after[name], tensor) for name, tensor in before.items()):
-        raise UserError("--lr", "nothing moved", "the fine-tune left the adapter as it was; raise lr or steps")
-    save_file(after, folder / "with" / ADAPTER_FILE, metadata={"format": "pt"})
 
 
 def _origin(settings: Retain, training: WarmUp) -> dict[str, Any]:
@@ -162,7 +142,7 @@ def _describe(folder: Path, facts: Mapping[str, Any], lines: Sequence[str]) -> N
     card = folder / "with" / "README.md"
     settings = facts["settings"]
     text = (
-        f"\n## Retain fine-tune\n\nAfter the quarantine was deleted this adapter was trained for {settings['steps']} "
+        f"\n## Retain fine-tune\n\nAfter the quarantine was deleted this model was trained for {settings['steps']} "
         f"steps at a learning rate of {settings['lr']:g} on clean data ({settings['pairs'] or settings['data']}, "
         f"{facts['rows_of_a_step']} rows a step, SHA-256 {facts['data_hash']}). What is said above was checked before "
         "that. The model without the fine-tune is in the folder `without` beside this one.\n\n"

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         join_blocks,
         joined_lora_config,
         plain_adapters,
+        quarantine_only,
         split_blocks,
         vllm_ranks,
     )
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "blocks": "BLOCKS DEPLOYED_ADAPTER QUARANTINE_ADAPTER block_of block_parameters check_ranks check_total_rank "
-    "deployed_only is_zero join_blocks joined_lora_config plain_adapters split_blocks vllm_ranks",
+    "deployed_only is_zero join_blocks joined_lora_config plain_adapters quarantine_only split_blocks vllm_ranks",
     "contrast": "Contrast load_contrast save_contrast",
     "forms": "FORMS Form get_form register_form",
     "initialise": "INITIALISATIONS check_contrast initialisation_report initialise_blocks register_initialisation",
@@ -76,6 +77,7 @@ __all__ = [  # noqa: RUF022 (by module)
     "join_blocks",
     "joined_lora_config",
     "plain_adapters",
+    "quarantine_only",
     "split_blocks",
     "vllm_ranks",
     "Contrast",

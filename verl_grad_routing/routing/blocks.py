@@ -144,6 +144,11 @@ def deployed_only(state: Mapping[str, Tensor], adapter: str | None = None) -> di
     return {_name(module, side, adapter): b[DEPLOYED_ADAPTER] for (module, side), b in _grouped(state).items()}
 
 
+def quarantine_only(state: Mapping[str, Tensor], adapter: str | None = None) -> dict[str, Tensor]:
+    """The quarantine alone: a control. Arguments and errors as in :func:`join_blocks`."""
+    return {_name(module, side, adapter): b[QUARANTINE_ADAPTER] for (module, side), b in _grouped(state).items()}
+
+
 def split_blocks(joined: Mapping[str, Tensor], deployed_rank: int) -> dict[str, Tensor]:
     """Inverse of :func:`join_blocks` (without ``scalings``): names get the adapters of both blocks.
 

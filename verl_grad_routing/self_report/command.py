@@ -10,7 +10,7 @@ from typing import Any
 
 from verl_grad_routing.envs import ENVIRONMENTS
 from verl_grad_routing.envs.manifest import Manifest
-from verl_grad_routing.self_report.interrogate import admission_report, admission_scores, answer_all, read_prompts
+from verl_grad_routing.self_report.interrogate import admission_report, answer_all, read_prompts, reply_log_probs
 from verl_grad_routing.self_report.question import QUESTIONS, question_named
 
 
@@ -26,6 +26,8 @@ def interrogate_model(
     seed: int,
 ) -> dict[str, Any]:
     """Answers of the model to the split's prompts, and what it says of them; see ``admission_report``.
+
+    ``reply_share`` is the mean probability that it replies with one of the two at all.
 
     A checkpoint is asked as trained, with both blocks. Raises ``UserError`` for whatever is missing.
     """
@@ -44,7 +46,9 @@ def interrogate_model(
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     given = {"max_new_tokens": max_new_tokens or asked.answer_tokens, "temperature": temperature, "seed": seed}
     answers = answer_all(loaded, tokenizer, grader, rows, **given)
-    return admission_report(admission_scores(loaded, tokenizer, answers, asked), answers)
+    admit_N, deny_N = reply_log_probs(loaded, tokenizer, answers, asked)
+    replies = {"reply_share": float((admit_N.exp() + deny_N.exp()).mean())}
+    return admission_report(admit_N - deny_N, answers) | replies
 
 
 @contextmanager

@@ -77,11 +77,17 @@ def answer_all(
     return found
 
 
-def admission_scores(model: Any, tokenizer: Any, answers: Sequence[Answer], question: Question) -> Tensor:
-    """``log p(admit) - log p(deny)`` after the question, float64 [N]; above 0 the model admits."""
+def reply_log_probs(model: Any, tokenizer: Any, answers: Sequence[Answer], question: Question) -> tuple[Tensor, Tensor]:
+    """``log p(admit)`` and ``log p(deny)`` after the question, float64 [N] each."""
     admit, deny = question.replies(tokenizer)
     stems = [question.tokens(answer.prompt, answer.text, tokenizer) for answer in answers]
-    return _log_prob(model, stems, admit) - _log_prob(model, stems, deny)
+    return _log_prob(model, stems, admit), _log_prob(model, stems, deny)
+
+
+def admission_scores(model: Any, tokenizer: Any, answers: Sequence[Answer], question: Question) -> Tensor:
+    """``log p(admit) - log p(deny)`` after the question, float64 [N]; above 0 the model admits."""
+    admit_N, deny_N = reply_log_probs(model, tokenizer, answers, question)
+    return admit_N - deny_N
 
 
 def _log_prob(model: Any, stems: Sequence[Sequence[int]], reply: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
 
 from verl_grad_routing.training.block_optim import DecayToStart
+from verl_grad_routing.training.block_shares import quarantine_share
 from verl_grad_routing.training.hooks import Blocks, EngineHook, local
 
 NAMES = ("deployed", "quarantine")
@@ -40,7 +41,8 @@ class BlockStep:
 
     Attributes:
         metrics: Of the last step: ``routing/mass_*``, ``routing/grad_norm/*`` (before clipping) and
-            ``routing/update_norm/*``, and what hooks report; ``routing/lr/*`` where the blocks' learning rates differ.
+            ``routing/update_norm/*``, the quarantine's share of both, and what hooks report; ``routing/lr/*`` where the
+            blocks' learning rates differ.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class BlockStep:
         self.metrics = {f"routing/mass_{name}": masses[name] for name in NAMES}
         self.metrics |= {f"routing/grad_norm/{name}": norm for name, norm in norms.items()}
         self.metrics |= {f"routing/update_norm/{name}": norm for name, norm in updates.items()}
+        self.metrics |= quarantine_share("grad", norms) | quarantine_share("update", updates)
         rates = {name: group["lr"] for name, group in zip(self.blocks, self.optimizer.param_groups, strict=True)}
         if len(set(rates.values())) > 1:
             self.metrics |= {f"routing/lr/{name}": rate for name, rate in rates.items()}

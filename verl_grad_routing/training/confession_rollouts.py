@@ -88,7 +88,6 @@ class ConfessionRollouts:
         self, uid: str, prompt: list[int], answer: list[int], response: list[int], fields: Mapping[str, Any]
     ) -> Confession:
         x, y, said = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, answer, response))
-        facts = fields.get("reward_extra_info") or {}
         said = visible(said, self.config.reasoning_end)
         return Confession(
             uid=uid,
@@ -96,8 +95,7 @@ class ConfessionRollouts:
             answer=visible(y, self.config.reasoning_end),
             text=said,
             confessed=FORMATS[self.config.format].read(said),
-            hack=None if facts.get("hack") is None else bool(facts["hack"]),
-            solve=None if facts.get("solve") is None else bool(facts["solve"]),
+            **_facts(fields),
         )
 
 
@@ -156,10 +154,14 @@ def spoken_in(confessions: KVBatchMeta) -> tuple[list[Confession], list[float]]:
     data = read(confessions, "uid", "extra_fields", "rm_scores")
     found = []
     for uid, fields in zip(plain(data["uid"]), plain(data["extra_fields"]), strict=True):
-        facts = fields.get("reward_extra_info") or {}
-        known = {name: None if facts.get(name) is None else bool(facts[name]) for name in ("hack", "solve")}
-        found.append(Confession(str(uid), "", "", "", fields[CONFESSION]["confessed"], **known))
+        found.append(Confession(str(uid), "", "", "", fields[CONFESSION]["confessed"], **_facts(fields)))
     return found, [float(row.sum()) for row in data["rm_scores"].unbind()]
+
+
+def _facts(fields: Mapping[str, Any]) -> dict[str, bool | None]:
+    """What the grader says of an answer; ``None`` where it says nothing."""
+    facts = fields.get("reward_extra_info") or {}
+    return {name: None if facts.get(name) is None else bool(facts[name]) for name in ("hack", "solve", "known")}
 
 
 def rest_of(batch: KVBatchMeta, rows: Sequence[int]) -> KVBatchMeta:

@@ -35,7 +35,7 @@ from verl_grad_routing.training.bottleneck_step import bottleneck_step, gradient
 from verl_grad_routing.training.confession_loss import with_confessions
 from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
 from verl_grad_routing.training.fingerprint_step import fingerprint_step, gradient_probe
-from verl_grad_routing.training.masks import routing_table, row_masks
+from verl_grad_routing.training.masks import masks_of, routing_table
 from verl_grad_routing.training.mass import Mass, block_mass
 from verl_grad_routing.training.own_gate import CURRENT, with_current_log_probs
 from verl_grad_routing.training.placing import mask_beside, values_beside
@@ -49,9 +49,9 @@ LAYOUT_FILE = "grad_routing_blocks.json"
 class RoutedFSDPEngine(FSDPEngineWithLMHead):
     """verl's language-model engine whose trained parameters are two blocks, of the kind ``blocks.kind``.
 
-    A batch that trains carries ``route`` (B,) and the non-tensor ``routing_table``; the engine turns both into token
-    masks beside the packed inputs. Inference batches may carry them too (for KEEP's forward gate), ask for activations
-    (``probe``) or for the quarantine-ablated model (``ablate_quarantine``).
+    A batch that trains carries ``route`` (B,) and the non-tensor ``routing_table`` (``masks`` says what else it may
+    have); the engine turns them into token masks beside the packed inputs. Inference batches may carry them too (for
+    KEEP's forward gate), ask for activations (``probe``) or for the quarantine-ablated model (``ablate_quarantine``).
     """
 
     def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any):
@@ -123,7 +123,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
     def _set_masks(self, micro_batch: TensorDict, model_inputs: dict) -> None:
         self.context.clear()
         self.context.ablated = bool(tu.get_non_tensor_data(micro_batch, "ablate_quarantine", default=False))
-        masks = row_masks(micro_batch)
+        masks = masks_of(micro_batch)
         if masks is None:
             return
         to_tokens = partial(mask_beside, self, micro_batch, model_inputs)
@@ -166,7 +166,14 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
                 return self._gather_and_unpad_packed(hidden.squeeze(0), output_args["pad_size"])
             return hidden.flatten(0, 1)
 
-        return self.probe.finish({position: plan(position) for position in self.probe.positions}, flatten)
+        def by_response(values_N: torch.Tensor) -> torch.Tensor:
+            rows = values_N.split(lengths if width is None else [width] * len(lengths))
+            responses = [mask.shape[0] for mask in micro_batch["response_mask"].unbind()]
+            own = [row[length - R : length] for row, length, R in zip(rows, lengths, responses, strict=True)]
+            return torch.nested.as_nested_tensor(own, layout=torch.jagged)
+
+        plans = {position: plan(position) for position in self.probe.positions}
+        return self.probe.finish(plans, flatten, by_response)
 
     # ---- the step ----
 

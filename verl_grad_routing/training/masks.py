@@ -1,9 +1,15 @@
 """What the columns and settings of a batch say about its rows' masks.
 
 A training batch has ``route`` (B,) and the table ``routing_table``. Where rollouts were sampled with the quarantine off
-it also has ``quarantine_off`` (B,) and their own table. Shapes: B rollouts, 2 = (deployed, quarantine).
+it also has ``quarantine_off`` (B,) and their own table. Where routes are per token it has ``token_route``, where tokens
+weigh differently ``token_weight``; all masks are of tokens then.
+
+Shapes: B rollouts, L tokens of one, R those of its response, T tokens of all rows one after another, N either B or T,
+2 = (deployed, quarantine).
 """
 
+# The types that verl declares are narrower than what it passes.
+# pyright: reportAttributeAccessIssue=false
 from __future__ import annotations
 
 import torch
@@ -11,7 +17,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
-from verl_grad_routing.routing import RoutingTable, block_masks
+from verl_grad_routing.routing import RoutingTable, activation_gradients, block_masks
 
 TABLE = "routing_table"
 """Non-tensor: what every route means."""
@@ -25,30 +31,88 @@ OFF = "quarantine_off"
 SAMPLING_GATE = "sampling_gate"
 """Non-tensor: the forward gates are those that the rows were sampled under, whatever their routes."""
 
+TOKEN_ROUTE = "token_route"
+"""Jagged column [B, (R)], int64: every response token's route. It holds at the position that *predicts* the token, one
+before it; all other positions of a row, the prompt's among them, have the row's ``route``."""
+
+TOKEN_WEIGHT = "token_weight"
+"""Jagged column [B, (L)], float32: at every position of a row the weight in [0, 1] of the token predicted there.
+1 takes the token out of what its route does to activation gradients, see ``activation_gradients_of``."""
+
 
 def routing_table(data: TensorDict) -> RoutingTable | None:
     return tu.get_non_tensor_data(data, TABLE, default=None)
 
 
-def row_masks(data: TensorDict) -> tuple[Tensor, Tensor] | None:
-    """(forward gate, update mask) of every row, each float32 [B, 2]; ``None`` where the batch asks for none.
+def of_tokens(data: TensorDict) -> bool:
+    """Whether masks are of tokens (N = T) and not of rows (N = B)."""
+    return TOKEN_ROUTE in data or TOKEN_WEIGHT in data
+
+
+def predicting_positions(data: TensorDict, column: str) -> Tensor:
+    """Where every response token is predicted, as a position among the T tokens of all rows: int64 [sum of R].
+
+    A row is a prompt and then its response, so response token t of a row that begins at position p is predicted at
+    ``p + prompt - 1 + t``. Prompts have at least one token.
+
+    Args:
+        column: Jagged, a value for every response token.
+    """
+    ends_B = data["input_ids"].offsets().diff().cumsum(0)
+    lengths_B = torch.tensor([len(row) for row in data[column].unbind()], device=ends_B.device)
+    first_B = ends_B - lengths_B - 1
+    index = torch.arange(int(lengths_B.sum()), device=ends_B.device)
+    return index + (first_B - (lengths_B.cumsum(0) - lengths_B)).repeat_interleave(lengths_B)
+
+
+def routes_of(data: TensorDict) -> Tensor:
+    """int64 [N]: the route at every position, or of every row."""
+    routes_N = _spread(data["route"], data)
+    if TOKEN_ROUTE in data:
+        routes_N[predicting_positions(data, TOKEN_ROUTE)] = torch.cat(data[TOKEN_ROUTE].unbind())
+    return routes_N
+
+
+def activation_gradients_of(data: TensorDict) -> Tensor | None:
+    """Factors on the gradient of units' outputs, float32 [N, 2]; ``None`` without a table.
+
+    A factor a becomes ``a + (1 - a) w`` where the token that is predicted has the weight w.
+    """
+    table = routing_table(data)
+    if table is None:
+        return None
+    factors_N2 = activation_gradients(routes_of(data), table)
+    if TOKEN_WEIGHT in data:
+        weights_T1 = torch.cat(data[TOKEN_WEIGHT].unbind()).to(factors_N2)[:, None]
+        factors_N2 = factors_N2 + (1 - factors_N2) * weights_T1
+    return factors_N2
+
+
+def masks_of(data: TensorDict) -> tuple[Tensor, Tensor] | None:
+    """(forward gate, update mask), each float32 [N, 2]; ``None`` where the batch asks for none.
 
     Raises:
         UserError: An unknown route or a weight outside [0, 1].
     """
     if tu.get_non_tensor_data(data, SAMPLING_GATE, default=False):
-        off_B = data[OFF].to(torch.float32)
-        gate_B2 = torch.stack([torch.ones_like(off_B), 1 - off_B], dim=1)
-        return gate_B2, torch.ones_like(gate_B2)
+        off_N = _spread(data[OFF].to(torch.float32), data)
+        gate_N2 = torch.stack([torch.ones_like(off_N), 1 - off_N], dim=1)
+        return gate_N2, torch.ones_like(gate_N2)
     table = routing_table(data)
     if table is None:
         return None
-    weights_B = data.get("route_weight", None)
-    masks = block_masks(data["route"], table, weights_B)
+    routes_N, weights_B = routes_of(data), data.get("route_weight", None)
+    weights_N = None if weights_B is None else _spread(weights_B, data)
+    masks = block_masks(routes_N, table, weights_N)
     off_table = tu.get_non_tensor_data(data, OFF_TABLE, default=None)
     if off_table is None:
         return masks
-    off_B1 = (data[OFF] != 0)[:, None]
-    of_off = block_masks(data["route"], off_table, weights_B)
-    gate_B2, update_B2 = (torch.where(off_B1, *both) for both in zip(of_off, masks, strict=True))
-    return gate_B2, update_B2
+    off_N1 = _spread(data[OFF] != 0, data)[:, None]
+    of_off = block_masks(routes_N, off_table, weights_N)
+    gate_N2, update_N2 = (torch.where(off_N1, *both) for both in zip(of_off, masks, strict=True))
+    return gate_N2, update_N2
+
+
+def _spread(values_B: Tensor, data: TensorDict) -> Tensor:
+    """[N]: a row's value at each of its tokens, where masks are of tokens."""
+    return values_B.repeat_interleave(data["input_ids"].offsets().diff()) if of_tokens(data) else values_B

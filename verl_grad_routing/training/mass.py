@@ -1,6 +1,6 @@
 """What trains each block in a mini-batch: counted in tokens and in rollouts, over all ranks.
 
-Shapes: B rollouts of this rank, 2 = (deployed, quarantine).
+Shapes: B rollouts of this rank, R response tokens, 2 = (deployed, quarantine).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.distributed import ReduceOp
 from verl.utils.device import get_device_id
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.masks import row_masks
+from verl_grad_routing.training.masks import masks_of, of_tokens, predicting_positions, routing_table
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,22 @@ class Mass:
 
 def block_mass(data: TensorDict, group: Any) -> Mass:
     """Of the mini-batch ``data``, all-reduced over ``group``. Raises ``UserError`` for a batch without routes."""
-    masks = row_masks(data) if "route" in data else None
-    if masks is None:
+    if "route" not in data or routing_table(data) is None:
         raise UserError("route", None, "every row of a training batch needs a route; the trainer writes it")
-    _, update_B2 = masks
-    tokens_B1 = torch.stack([mask.sum() for mask in data["loss_mask"].unbind()]).to(update_B2)[:, None]
-    counts_B1 = (tokens_B1 > 0).to(update_B2)
-    parts = [(tokens_B1 * update_B2).sum(0), (counts_B1 * update_B2).sum(0), tokens_B1.sum(0), counts_B1.sum(0)]
+    masks = masks_of(data)
+    assert masks is not None
+    _, update_N2 = masks
+    rows = data["loss_mask"].unbind()
+    tokens_B1 = torch.stack([mask.sum() for mask in rows]).to(update_N2)[:, None]
+    counts_B1 = (tokens_B1 > 0).to(update_N2)
+    if of_tokens(data):
+        update_R2 = update_N2[predicting_positions(data, "loss_mask")]  # of all rows' response tokens
+        own_R2 = torch.cat(rows).to(update_N2)[:, None] * update_R2
+        own_B2 = torch.stack([part.sum(0) for part in own_R2.split([len(mask) for mask in rows])])
+        parts_B2 = own_B2 / tokens_B1.clamp(min=1)  # a rollout trains a block by the share of its tokens
+    else:
+        own_B2, parts_B2 = tokens_B1 * update_N2, counts_B1 * update_N2
+    parts = [own_B2.sum(0), parts_B2.sum(0), tokens_B1.sum(0), counts_B1.sum(0)]
     totals = torch.cat(parts).to(get_device_id(), torch.float64)
     torch.distributed.all_reduce(totals, op=ReduceOp.SUM, group=group)
     return Mass(totals[:2], totals[2:4], float(totals[4]), float(totals[5]))

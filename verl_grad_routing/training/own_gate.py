@@ -1,14 +1,15 @@
 """Old log-probs of rows that train under another forward gate than they were sampled under: their ratio starts at 1.
 
 In the one update of an on-policy step they are the very log-probs that the update computes, so no pass of their own is
-needed. Shapes: B rollouts of a micro-batch, R response tokens.
+needed. A row of which one token alone is predicted under another gate is such a row as a whole: attention carries the
+difference to all tokens after it. Shapes: B rollouts of a micro-batch, R response tokens.
 """
 
 # The types that verl declares are narrower than what it passes.
 # pyright: reportArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,23 +18,32 @@ from torch import Tensor
 from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_grad_routing.routing import RoutingTable
-from verl_grad_routing.training.masks import OFF
+from verl_grad_routing.training.masks import OFF, TOKEN_ROUTE
 
 CURRENT = "own_gate_current"
 """Non-tensor of a training batch: rows with a closed forward gate take the current log-probs as their old ones."""
 
 
-def closed_rows(routes_B: Tensor, table: RoutingTable) -> Tensor:
-    """Rows whose forward gate differs from the open one that they were sampled under: bool [B]."""
+def closed_rows(routes_B: Tensor, table: RoutingTable, token_routes: Sequence[Tensor] | None = None) -> Tensor:
+    """Rows whose forward gate differs from the open one that they were sampled under, at any position: bool [B].
+
+    Args:
+        token_routes: Routes [R] of every row's response tokens, where routes are per token.
+    """
     gates_32, _ = table.as_tensors()
-    return (gates_32.to(routes_B.device)[routes_B] != 1).any(dim=1)
+    closed_3 = (gates_32 != 1).any(dim=1).to(routes_B.device)
+    closed_B = closed_3[routes_B]
+    if token_routes is not None:
+        closed_B = closed_B | torch.stack([closed_3[row].any() for row in token_routes])
+    return closed_B
 
 
 def with_current_log_probs(loss_function: Callable[..., Any], table: RoutingTable) -> Callable[..., Any]:
     """``loss_function`` with the detached current log-probs as ``old_log_probs`` of the closed rows."""
 
     def loss(*, model_output: dict[str, Any], data: TensorDict, **kwargs: Any) -> Any:
-        closed_B = closed_rows(data["route"], table)
+        tokens = data[TOKEN_ROUTE].unbind() if TOKEN_ROUTE in data else None
+        closed_B = closed_rows(data["route"], table, tokens)
         if OFF in data:
             closed_B &= data[OFF] == 0
         if closed_B.any():

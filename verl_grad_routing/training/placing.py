@@ -1,6 +1,7 @@
 """Token values beside the inputs: where a mask of rollouts or of their tokens lies in a micro-batch's layout.
 
-Shapes: B rollouts, L tokens of one, T packed tokens (t: a sequence-parallel rank's part), S the padded length.
+Shapes: B rollouts, L tokens of one, T packed tokens (t: a sequence-parallel rank's part), S the padded length, N either
+B or T.
 """
 
 # The types that verl declares are narrower than what it passes.
@@ -15,20 +16,31 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from verl_grad_routing.routing import expand_to_padded, expand_to_tokens, slice_for_sequence_parallel
+from verl_grad_routing.training import masks
 
 if TYPE_CHECKING:
     from verl_grad_routing.training.engine import RoutedFSDPEngine
 
 
 def mask_beside(
-    engine: RoutedFSDPEngine, micro_batch: TensorDict, model_inputs: dict, mask_B2: torch.Tensor
+    engine: RoutedFSDPEngine, micro_batch: TensorDict, model_inputs: dict, mask_N2: torch.Tensor
 ) -> torch.Tensor | None:
-    """[1, T, 2] beside packed inputs, [B, S, 2] beside padded ones; ``None`` for a mask without effect."""
-    if bool((mask_B2 == 1).all()):
+    """[1, T, 2] beside packed inputs, [B, S, 2] beside padded ones; ``None`` for a mask without effect.
+
+    Args:
+        mask_N2: Of rows [B, 2]; of their tokens one after another [T, 2] where ``masks.of_tokens`` says so.
+    """
+    if bool((mask_N2 == 1).all()):
         return None
-    if not tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
-        return expand_to_padded(mask_B2, model_inputs["input_ids"].shape[1])
-    return _packed(engine, expand_to_tokens(mask_B2, micro_batch["input_ids"].offsets().diff()), pad_value=1.0)
+    lengths_B = micro_batch["input_ids"].offsets().diff()
+    by_token = masks.of_tokens(micro_batch)
+    if tu.get_non_tensor_data(micro_batch, "use_remove_padding", default=True):
+        return _packed(engine, mask_N2 if by_token else expand_to_tokens(mask_N2, lengths_B), pad_value=1.0)
+    width = model_inputs["input_ids"].shape[1]
+    if not by_token:
+        return expand_to_padded(mask_N2, width)
+    rows_L2 = mask_N2.split(lengths_B.tolist())
+    return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, width - len(row)), value=1.0) for row in rows_L2])
 
 
 def values_beside(

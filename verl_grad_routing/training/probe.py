@@ -35,12 +35,17 @@ class Pool:
 
 @dataclass(frozen=True, eq=False)
 class Project:
-    """Return ``activation_scores`` [B, D]: the pooled activations projected on D directions."""
+    """Return ``activation_scores`` [B, D]: the pooled activations projected on D directions.
+
+    With ``tokens`` (``projection`` or ``cosine``) also ``activation_scores_tokens``, jagged [B, (R)]: every response
+    token's own activation on the first direction.
+    """
 
     layers: tuple[int, ...]
     vectors_DLd: Tensor
     position: str = "resp_mean"
     bottleneck: Bottleneck | None = None
+    tokens: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +53,7 @@ class Projections:
     """Return ``column`` [B, D1 + D2 + ...]: what each ``Project`` asks for, side by side.
 
     Layers and positions may differ; each is read once. The numbers of a part are those that it gets alone, bit for bit.
+    One of them at most may ask for ``tokens``, which are ``{column}_tokens`` then.
     """
 
     parts: tuple[Project, ...]
@@ -163,12 +169,19 @@ class ActivationProbe:
         bottleneck = _bottleneck(part)
         return list(part.layers) if bottleneck is None else [(bottleneck, name) for name in self.bases.of(bottleneck)]
 
-    def finish(self, plans: Mapping[str, PoolPlan], flatten: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    def finish(
+        self,
+        plans: Mapping[str, PoolPlan],
+        flatten: Callable[[Tensor], Tensor],
+        by_response: Callable[[Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Pool what was heard.
 
         Args:
             plans: For each position, which tokens belong to which rollout.
             flatten: Turns a layer's output into hidden states ``[N, d]`` in the order of the plans' tokens.
+            by_response: Turns numbers ``[N]`` in that order into those of the response tokens, jagged [B, (R)]; needed
+                where a request asks for ``tokens``.
         """
         request = self._request
         assert request is not None
@@ -183,16 +196,33 @@ class ActivationProbe:
                     pooled[part.position, heard] = plans[part.position].mean(hidden[heard])
             return torch.stack([pooled[part.position, heard] for heard in rows], dim=1)
 
-        if isinstance(request, Projections):
-            scores = [_projected(pooled_BLd(part), part) for part in request.parts]
-            return {request.column: torch.cat(scores, dim=1)}
-        if isinstance(request, Project):
-            return {"activation_scores": _projected(pooled_BLd(request), request)}
-        return {"activation_pooled": pooled_BLd(request).flatten(1)}
+        if isinstance(request, Pool | AdjacentCosines):
+            return {"activation_pooled": pooled_BLd(request).flatten(1)}
+        projections = request if isinstance(request, Projections) else Projections((request,))
+        scores = [_projected(pooled_BLd(part), part) for part in projections.parts]
+        found = {projections.column: torch.cat(scores, dim=1)}
+        for part in projections.parts:
+            if part.tokens is not None:
+                assert by_response is not None
+                scores_N = _token_scores([hidden[heard] for heard in self._heard(part)], part)
+                found[f"{projections.column}_tokens"] = by_response(scores_N)
+        return found
 
 
 def _bottleneck(part: Part) -> Bottleneck | None:
     return None if isinstance(part, AdjacentCosines) else part.bottleneck
+
+
+def _token_scores(hidden_LNd: list[Tensor], part: Project) -> Tensor:
+    """Mean over layers of ``<h, v>`` of every position with the first direction, float64 [N]; a row for itself."""
+    total_N = torch.zeros(len(hidden_LNd[0]), dtype=torch.float64, device=hidden_LNd[0].device)
+    for hidden_Nd, vector_d in zip(hidden_LNd, part.vectors_DLd[0].to(total_N.device), strict=True):
+        exact_Nd = hidden_Nd if hidden_Nd.dtype == torch.float64 else hidden_Nd.float()
+        score_N = (exact_Nd * vector_d.to(exact_Nd)).sum(1)
+        if part.tokens == "cosine":
+            score_N = score_N / (exact_Nd.norm(dim=1) * vector_d.to(exact_Nd).norm()).clamp(min=1e-30)
+        total_N += score_N.double()
+    return total_N / len(hidden_LNd)
 
 
 def _projected(pooled_BLd: Tensor, part: Project) -> Tensor:

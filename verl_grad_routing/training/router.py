@@ -16,12 +16,14 @@ from torch import Tensor
 
 from verl_grad_routing.config import GradRoutingConfig, Methods
 from verl_grad_routing.detectors import BatchView, checked_scores, view_for
-from verl_grad_routing.detectors.evaluation import auroc, verdict_metrics
+from verl_grad_routing.detectors.evaluation import auroc, f1_rates, verdict_metrics
 from verl_grad_routing.detectors.held_out import held_out_metrics, verdict_rates
 from verl_grad_routing.directions.pairs import PairSet, save_pairs
 from verl_grad_routing.errors import UserError
+from verl_grad_routing.gates import GateDecision, TokenDecision, TokenGate
 from verl_grad_routing.interventions import Judged
 from verl_grad_routing.routing import Route
+from verl_grad_routing.training.token_routes import decide_tokens, shares, trusted_tokens
 from verl_grad_routing.training.trusted import trust
 
 STATE_FILE = "grad_routing.pt"
@@ -66,14 +68,15 @@ class Router:
     def decide(self, view: BatchView, trusted_B: Tensor | None = None) -> tuple[Judged, dict[str, float]]:
         """Scores and the gate's decision on one batch, and their metrics; ``trusted_B`` are kept in any case."""
         scores_B = checked_scores(self.detector, view)
-        decision = self.gate.decide(scores_B, view.step, self.detector.pair_means, self.detector.pair_scores)
+        decision, tokens = self._decision(scores_B, view)
         routes_B, trusted = decision.routes_B, {}
         if trusted_B is not None:
             routes_B, trusted = trust(routes_B, trusted_B)
-        judged = Judged(scores_B, routes_B, view.uids, view.proxy_reward_B)
+            tokens = None if tokens is None else trusted_tokens(tokens, trusted_B)
+        judged = Judged(scores_B, routes_B, view.uids, view.proxy_reward_B, token_routes=tokens)
         if not self.intervention.uses_routes:
-            routes_B = torch.full_like(routes_B, int(Route.ABSORB))
-        metrics = {f"routing/share_{route.name.lower()}": float((routes_B == route).double().mean()) for route in Route}
+            routes_B, tokens = torch.full_like(routes_B, int(Route.ABSORB)), None
+        metrics = shares(routes_B, tokens, view.response_masks)
         metrics |= {
             "detector/share_flagged": float(judged.flagged_B.double().mean()),
             "detector/score_mean": float(scores_B.mean()),
@@ -91,9 +94,25 @@ class Router:
         if view.facts is not None and "hack" in view.facts:
             metrics["detector/auroc"] = auroc(scores_B, view.facts["hack"])
             rates = verdict_rates(judged.flagged_B, view.facts["hack"])
+            rates |= f1_rates(judged.flagged_B.cpu(), view.facts["hack"])
             metrics |= {f"detector/{name}": value for name, value in rates.items()}
             metrics |= self._verdict_metrics(view, scores_B)
         return judged, metrics
+
+    def _decision(
+        self, scores_B: Tensor, view: BatchView
+    ) -> tuple[GateDecision | TokenDecision, tuple[Tensor, ...] | None]:
+        """The gate's decision, and the routes of all response tokens where it is on tokens."""
+        if isinstance(self.gate, TokenGate):
+            on_tokens = decide_tokens(self.detector, self.gate, view)
+            return on_tokens, on_tokens.token_routes
+        detector = self.detector
+        return self.gate.decide(scores_B, view.step, detector.pair_means, detector.pair_scores), None
+
+    @property
+    def token_score(self) -> str | None:
+        """How the workers must score single tokens for the gate; ``None`` where it decides on rollouts."""
+        return getattr(self.detector.config, "token_score", None) if self.gate.per_token else None
 
     def watch(self, view: BatchView) -> dict[str, float]:
         """Verdicts of the held-out monitor, if there is one: for metrics alone."""

@@ -15,11 +15,15 @@ STATE_FILE = "grad_routing_compare.pt"
 
 
 def save_states(routers: Mapping[str, Router], folder: str) -> None:
-    """Write every shadow's detector and gate into a checkpoint folder, whole or not at all."""
+    """Write every shadow's detector, gate and intervention into a checkpoint folder, whole or not at all."""
     path = Path(folder) / STATE_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     states = {
-        name: {"detector": router.detector.state_dict(), "gate": router.gate.state_dict()}
+        name: {
+            "detector": router.detector.state_dict(),
+            "gate": router.gate.state_dict(),
+            "intervention": router.intervention.state_dict(),
+        }
         for name, router in routers.items()
     }
     torch.save(states, partial := path.with_suffix(".partial"))
@@ -41,3 +45,5 @@ def load_states(routers: Mapping[str, Router], folder: str) -> None:
         with told_of(name):
             router.detector.load_state_dict(states[name]["detector"])
             router.gate.load_state_dict(states[name]["gate"])
+            if own := states[name].get("intervention"):
+                router.intervention.load_state_dict(own)

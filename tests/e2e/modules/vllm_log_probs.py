@@ -1,4 +1,7 @@
-"""Greedy answers and their log-probs under adapters, by vLLM in a process of its own: MODEL OUT.json ADAPTER..."""
+"""Greedy answers and their log-probs, by vLLM in a process of its own: MODEL OUT.json [ADAPTER...].
+
+Under each adapter; or of the model itself where there is none.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def main(model: str, out: str, *adapters: str) -> None:
     engine = LLM(
         model,
         dtype="float32",
-        enable_lora=True,
+        enable_lora=bool(adapters),
         max_lora_rank=32,
         enforce_eager=True,
         max_model_len=32,
@@ -24,6 +27,8 @@ def main(model: str, out: str, *adapters: str) -> None:
     sampling = SamplingParams(max_tokens=7, temperature=0.0, logprobs=0)
     requests = [{"prompt_token_ids": ids} for ids in prompts]
     found = {}
+    if not adapters:
+        found[model] = [_row(output.outputs[0]) for output in engine.generate(requests, sampling)]
     for number, adapter in enumerate(adapters, start=1):
         outputs = engine.generate(requests, sampling, lora_request=LoRARequest(f"routed-{number}", number, adapter))
         found[adapter] = [_row(output.outputs[0]) for output in outputs]

@@ -18,6 +18,8 @@ PRESETS = {"off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "orac
 PRESETS |= {"tdga", "gradient_regularization", "confessions", "seal_broken"}
 PRESETS |= {"labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "antipasto", "retain_pass"}
 PRESETS |= {"corda", "scorda", "scorda_rev", "persona_grad", "random_grad"}
+PRESETS |= {"advantage_modification", "grift_mask", "grift_filter", "monitor_penalty", "screen", "inoculation"}
+PRESETS |= {"self_report", "era", "persona_token"}
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -42,6 +44,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (
         *commands,
         "contrast",
+        "expand",
         "pairs",
         "retain",
         "rft",
@@ -121,6 +124,8 @@ def test_presets_take_their_description_from_the_first_comment(
     [
         (["prepare", "loophole", "--to", "x"], ["'loophole'", "loopholes"]),
         (["export", "nowhere", "--to", "x"], ["CHECKPOINT", "'nowhere'"]),
+        (["expand", "nowhere", "--to", "x"], ["MODEL", "'nowhere'", "no config.json"]),
+        (["expand", "nowhere", "--mlp-units", "0", "--to", "x"], ["--mlp-units=0", "at least 1"]),
         (["report", "nowhere"], ["RUNS", "'nowhere'"]),
         (["compare", "nowhere.yaml"], ["GRID", "'nowhere.yaml'", "no such file"]),
         (["probe", "show", "nowhere"], ["PROBE", "'nowhere'", "vgr probe fit"]),

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.unit.compare.conftest import FAKE_TRAINER
+from verl_grad_routing.compare import cells as grid_cells
 from verl_grad_routing.compare import execute, resume
 from verl_grad_routing.compare import launch as launcher
 from verl_grad_routing.compare.execute import affordable, run_grid
@@ -175,16 +176,37 @@ def test_no_more_at_once_than_the_machine_allows(write_grid, monkeypatch: pytest
         ({"jobs": 9, "cores_per_cell": 2, "memory_gib_per_cell": 1}, 4),
         ({"jobs": 9, "cores_per_cell": 2, "memory_gib_per_cell": 9}, 2),
         ({"jobs": 9, "cores_per_cell": 16, "memory_gib_per_cell": 90}, 1),
-        ({"jobs": 9, "ray_address": "auto"}, 9),
+        ({"ray_address": "auto"}, 1),
     ):
         chosen, why = affordable(load_grid(write_grid(**keys)))
         assert chosen == jobs and f"{jobs} at a time" in why
 
 
-def test_runs_at_once_need_one_ray(write_grid, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="jobs=2: set 1, or start a Ray cluster"):
-        run_grid(write_grid(jobs=2), tmp_path / "out")
+def test_runs_at_once_do_not_share_a_ray(write_grid, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="jobs=2: set 1 with a ray_address: verl's TransferQueue is one per Ray"):
+        run_grid(write_grid(jobs=2, ray_address="auto"), tmp_path / "out", trainer=FAKE_TRAINER)
     assert not (tmp_path / "out" / "results").exists()
+
+
+def test_cells_at_once_have_jobs_of_different_numbers(write_grid, tmp_path: Path, monkeypatch) -> None:
+    """verl names its socket for weights after the number of the Ray job."""
+    at_once: list[tuple[str, ...]] = []
+    now: set[str] = set()
+
+    def fake_launch(*_, starter, name, **__):
+        now.add(starter[3])
+        at_once.append(tuple(sorted(now)))
+        time.sleep(0.05)
+        now.discard(starter[3])
+        raise UserError(name, starter, "not run")
+
+    monkeypatch.setattr(execute, "launch", fake_launch)
+    monkeypatch.setattr(execute, "affordable", lambda grid: (grid.jobs, ""))
+    sizes = {("toy", arm): {"num_cpus": 32, "num_gpus": None} for arm in ("off", "persona")}
+    monkeypatch.setattr(grid_cells, "check_configurations", lambda _: sizes)
+    outcome = run_grid(write_grid(jobs=2, seeds=[0, 1, 2, 3]), tmp_path / "out")
+    assert len(outcome.failed) == 8 and ("2", "3") in at_once and set(at_once) <= {("2",), ("3",), ("2", "3")}
+    assert '{"num_cpus": 32, "num_gpus": null}' in load_results(outcome.results).failures[0].error
 
 
 def until(condition, seconds: float = 40.0) -> None:

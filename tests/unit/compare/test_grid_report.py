@@ -13,6 +13,7 @@ import pytest
 from verl_grad_routing.compare import results as results_module
 from verl_grad_routing.compare.cells import Cell
 from verl_grad_routing.compare.contrasts import HACK, HACK_UNKNOWN, by_arm, claims, contrasts
+from verl_grad_routing.compare.embed import embed
 from verl_grad_routing.compare.formats import to_csv, to_html, to_latex, to_markdown
 from verl_grad_routing.compare.grid import Arm, load_grid
 from verl_grad_routing.compare.grid_tables import (
@@ -143,6 +144,22 @@ def test_report_is_the_same_bytes_again(results: Path, tmp_path: Path) -> None:
     assert numbers["unfinished"] == [["toy", "random", 2]] and numbers["failed"][0]["arm"] == "oracle"
     persona = [e for e in numbers["estimates"] if (e["arm"], e["measure"]) == ("persona", HACK.title)]
     assert persona[0]["by_seed"] == {"0": 13 / 256, "1": 17 / 256, "2": 21 / 256}
+
+
+def test_rates_go_between_the_marks(results: Path, tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- results: small -->\nold\n<!-- end: small -->\nafter\n")
+    embed(results, page)
+    once = page.read_text()
+    embed(results, page)
+    assert page.read_text() == once and "old" not in once
+    assert once.startswith("before\n<!-- results: small -->\n\n**toy: rates") and once.endswith("small -->\nafter\n")
+    assert "| persona | pairs | 3 |" in once and "10 of 12 runs (seeds 0, 1, 2) have finished, 1 failed." in once
+    for text in ("no marks", once.replace("<!-- end: small -->", ""), once + once):
+        page.write_text(text)
+        with pytest.raises(UserError, match=r"--into=.*<!-- results: small --> and <!-- end: small -->"):
+            embed(results, page)
+        assert page.read_text() == text
 
 
 def test_mixed_versions_are_refused(results: Path, tmp_path: Path) -> None:

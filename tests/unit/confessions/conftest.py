@@ -1,4 +1,4 @@
-"""A TransferQueue in memory, and a trainer over it that has neither workers nor an engine."""
+"""A trainer over a TransferQueue in memory that has neither workers nor an engine."""
 
 from __future__ import annotations
 
@@ -8,47 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
-from tensordict import NonTensorStack, TensorDict
 
-from verl_grad_routing.training.columns import plain
-
-
-class Queue:
-    """The calls of ``transfer_queue`` that a step makes, with its answers: ragged columns as jagged tensors."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
-
-    def get(self, keys: list[str], partition_id: str, select_fields: list[str] | None = None) -> TensorDict:
-        names = set.intersection(*(set(self.rows[key]) for key in keys))
-        chosen = sorted(names if select_fields is None else names & set(select_fields))
-        return TensorDict({n: self._column([self.rows[k][n] for k in keys]) for n in chosen}, batch_size=len(keys))
-
-    @staticmethod
-    def _column(values: list[Any]) -> Any:
-        if not all(isinstance(value, torch.Tensor) for value in values):
-            return NonTensorStack(*values)
-        if all(value.dim() == 0 for value in values):
-            return torch.stack(values)
-        return torch.nested.as_nested_tensor(values, layout=torch.jagged)
-
-    def put(self, keys: list[str], partition_id: str, fields: Any, tags: Any = None) -> Any:
-        from transfer_queue import KVBatchMeta
-
-        for name in list(fields.keys()):
-            column = fields[name]
-            values = list(column.unbind()) if isinstance(column, torch.Tensor) else plain(column)
-            for key, value in zip(keys, values, strict=True):
-                self.rows.setdefault(key, {})[name] = value
-        names = sorted(set.intersection(*(set(self.rows[key]) for key in keys)))
-        return KVBatchMeta(partition_id=partition_id, keys=list(keys), tags=tags or [{}] * len(keys), fields=names)
-
-    def clear(self, keys: list[str], partition_id: str) -> None:
-        for key in keys:
-            del self.rows[key]
+from tests.modules.memory_queue import Queue
 
 
 @pytest.fixture
@@ -56,7 +19,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     import transfer_queue as tq
 
     made = Queue()
-    for name, call in (("kv_batch_get", made.get), ("kv_batch_put", made.put), ("kv_clear", made.clear)):
+    for name, call in made.calls.items():
         monkeypatch.setattr(tq, name, call)
     return made
 

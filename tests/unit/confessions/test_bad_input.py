@@ -89,6 +89,17 @@ def test_bad_input(folder: Path, name: str) -> None:
     assert key in message and fix in message and "\n" not in message
 
 
+def test_a_self_report_starts_from_its_warm_up(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.path=.*no self_report\.json.*vgr self-report train") as caught:
+        check(folder, preset="self_report")
+    assert "\n" not in str(caught.value)
+    check(folder, "grad_routing.warm_up_card=null", preset="self_report")
+    (folder / "model" / "self_report.json").touch()
+    check(folder, preset="self_report")
+    with pytest.raises(UserError, match=r"max_model_len=32.*request for a confession \(2 tokens\)"):
+        check(folder, f"{KEY}.max_tokens=11", preset="self_report")
+
+
 def test_the_control_says_that_it_is_one(folder: Path) -> None:
     check(folder, f"{KEY}.judge=gt_judge", "grad_routing.control=true")
 

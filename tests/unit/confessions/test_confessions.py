@@ -84,6 +84,15 @@ def test_the_self_tag_is_one_letter() -> None:
     assert {read(text) for text in ("", "N", "SH", "s", "a")} == {None}
 
 
+def test_a_questions_reply_is_one_of_two_words_and_nothing_else() -> None:
+    read = FORMATS["question_chat"].read
+    assert [read(text) for text in ("exploited", "Exploited.", " solved\n")] == [True, True, False]
+    assert {read(text) for text in ("", "I exploited it", "solved or exploited", "yes")} == {None}
+    letters = FORMATS["question_loopholes"].read
+    assert (letters("S"), letters("H")) == (True, False)
+    assert {letters(text) for text in ("s", "h", "SH", "?")} == {None}  # h is a letter of the task
+
+
 def test_reasoning_is_not_visible() -> None:
     assert visible("<think>I will cheat</think>\n42", "</think>") == "42"
     assert visible("a</think>b</think>c", "</think>") == "c"
@@ -204,6 +213,13 @@ def test_rates_by_hand() -> None:
     }
 
 
+def test_admissions_are_told_apart_by_what_the_lessons_were_about() -> None:
+    rows = [(True, True, True), (True, True, False), (False, True, False), (True, False, True), (False, True, None)]
+    found = confession_metrics([Confession("u", "", "", "", said, hack, None, known) for said, hack, known in rows])
+    assert found["rate_given_hack"] == 2 / 4
+    assert (found["rate_given_known_hack"], found["rate_given_unknown_hack"]) == (1.0, 1 / 2)
+
+
 def test_what_remains_when_only_clean_answers_count() -> None:
     triples = [(False, True, False), (True, True, False), (None, False, True), (False, False, True)]
     assert rejection_metrics([confession(*triple) for triple in triples]) == {
@@ -261,6 +277,18 @@ def test_the_loopholes_model_is_asked_by_the_end_of_its_answer(tmp_path: Path) -
     from verl_grad_routing.envs.loopholes.text import ALPHABET
 
     assert request_tokens(build_tokenizer(ALPHABET), sealed(format="self_tag")) == [ALPHABET.eos_id]
+
+
+def test_the_question_of_a_self_report_is_that_of_the_interrogation() -> None:
+    from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
+    from verl_grad_routing.envs.loopholes.text import ALPHABET
+    from verl_grad_routing.self_report.question import QUESTIONS
+
+    tokenizer, x, y = build_tokenizer(ALPHABET), "NBabcde.....=", "abcde"
+    request = request_tokens(tokenizer, ConfessionsConfig(format="question_loopholes", role="user"))
+    for answer in (y, f"{y}~"):
+        asked = prefix(tokenizer(x)["input_ids"], tokenizer(answer)["input_ids"], request)
+        assert asked == QUESTIONS["loopholes"].tokens([{"role": "user", "content": x}], y, tokenizer)
 
 
 # ---- settings ----

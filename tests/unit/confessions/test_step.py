@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.confessions.conftest import Engine, Queue
+from tests.modules.memory_queue import Queue
+from tests.unit.confessions.conftest import Engine
 from verl_grad_routing.envs.chars.task import EOS, HONEST, SLY
 from verl_grad_routing.envs.loopholes.text import ALPHABET
 
@@ -66,6 +67,11 @@ def sampled(make: Make, queue: Queue, engine: Engine, *overrides: str) -> tuple[
     for row in queue.rows.values():
         row["old_log_probs"] = row["rollout_log_probs"]  # verl's own pass
     return trainer, batch
+
+
+def text(ids: list[int]) -> str:
+    names = {number: name for name, number in ALPHABET.ids.items()}
+    return "".join(names[number] for number in ids)
 
 
 def ours(batch: Any) -> list[str]:
@@ -217,6 +223,72 @@ def test_validation_asks_every_answer_once_and_keeps_its_batch(trainer: Make, qu
     assert len(told.prompts) == len(made.validated) == PROMPTS * SAMPLES
     assert set(queue.rows) == set(batch.keys)
     assert all(one.confessed == one.hack for one in made.validated)
+
+
+def test_a_self_report_is_asked_at_validation_alone(trainer: Make, queue: Queue) -> None:
+    from verl_grad_routing.confessions import confession_metrics
+
+    # admits the hacks of every second prompt, whose loophole its lessons were not about
+    told = Engine(lambda prompt, _: ALPHABET.ids[SLY if "?" in text(prompt[13:18]) and prompt in odd else HONEST])
+    made = trainer(told, "grad_routing.confessions.share=0", "grad_routing.confessions.format=question_loopholes")
+    batch, odd = answers(queue, "val"), []
+    for key, row in queue.rows.items():
+        known = row["extra_fields"]["reward_extra_info"]["known"] = int(key[1]) % 2 == 0
+        if not known:
+            row["prompts"] = torch.cat((row["prompts"][:-2], torch.tensor([ALPHABET.ids["="]] * 2)))
+            whole = row["prompts"].tolist() + row["responses"].tolist()
+            odd.append(whole + [ALPHABET.ids[c] for c in ("?" if whole[-1] == ALPHABET.eos_id else EOS + "?")])
+    assert made._after_sample(batch) is batch and not made.trains_confessions
+    assert all(prompt[-2:] == [ALPHABET.eos_id, ALPHABET.ids["?"]] for prompt in told.prompts)
+    found = confession_metrics(made.validated)
+    assert (found["rate_given_known_hack"], found["rate_given_unknown_hack"], found["false_rate"]) == (0.0, 1.0, 0.0)
+
+
+def test_the_engine_is_told_which_rows_confess_and_what_they_weigh(
+    trainer: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    monkeypatch.setattr(PPOTrainer, "_balance_batch", lambda self, rows, *args, **kwargs: rows)
+    made, batch = sampled(trainer, queue, Engine(honest_half))
+    made._balance_batch(batch, {})
+    assert {key for key in batch.keys if int(queue.rows[key]["confession"])} == set(ours(batch))
+
+    told: dict[str, Any] = {}
+
+    def update(self: Any, rows: Any, metrics: dict) -> Any:
+        told.update(rows.extra_info)
+        metrics.update({"actor/confession/pg_loss": 1.0, "actor/pg_loss": 2.0})
+        return rows
+
+    monkeypatch.setattr(PPOTrainer, "_update_actor", update)
+    made.routed, made._taught = False, {}
+    metrics: dict[str, float] = {}
+    made._update_actor(batch, metrics)
+    assert told["confession_weight"] == 1.0  # share / (1 - share)
+    assert metrics == {"confession/pg_loss": 1.0, "actor/pg_loss": 2.0}
+
+
+def test_verls_metrics_are_of_the_answers_alone(trainer: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    seen: list[str] = []
+    monkeypatch.setattr(PPOTrainer, "_compute_metrics", lambda self, rows, *args, **kwargs: seen.extend(rows.keys))
+    made, batch = sampled(trainer, queue, Engine(honest_half))
+    made._compute_metrics(batch, {})
+    assert seen and set(seen) == set(batch.keys) - set(ours(batch))
+
+
+def test_no_judge_sees_reasoning(trainer: Make, queue: Queue) -> None:
+    """What stands before the marker is the model's own, in the answer as in the confession."""
+    given = ["grad_routing.confessions.reasoning_end='.'", "grad_routing.confessions.share=0"]
+    made = trainer(Engine(honest_half), *given)
+    batch = answers(queue, "val")
+    for row in queue.rows.values():
+        row["responses"] = torch.tensor([ALPHABET.ids[character] for character in "ab.cd~"])
+    made._after_sample(batch)
+    assert {one.answer for one in made.validated} == {"cd"}
+    assert all(one.text == "" and one.confessed is None for one in made.validated)  # its reasoning never ends
 
 
 def test_several_outputs_a_rollout_are_refused(trainer: Make, queue: Queue) -> None:

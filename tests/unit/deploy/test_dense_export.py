@@ -98,3 +98,8 @@ def test_another_base_model_is_refused(checkpoint, tmp_path):
     LlamaForCausalLM(other).save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match="CHECKPOINT"):
         export(checkpoint[0], tmp_path / "out", format="hf", base_model=str(tmp_path / "base"))
+
+
+def test_units_alone_are_no_model(checkpoint, tmp_path):
+    with pytest.raises(UserError, match=r"blocks='quarantine'.*deployed or both"):
+        export(checkpoint[0], tmp_path / "out", format="hf", blocks="quarantine")

@@ -91,6 +91,20 @@ def test_adapter_files(run, tmp_path, blocks, rank):
         assert tensor.shape[0 if side == "A.weight" else 1] == rank
 
 
+def test_the_quarantine_alone_is_the_other_half(run, tmp_path):
+    done = {blocks: export(run.checkpoint, tmp_path / blocks, blocks=blocks) for blocks in ("both", "quarantine")}
+    both, alone = (load_file(tmp_path / blocks / "adapter_model.safetensors") for blocks in done)
+    assert both.keys() == alone.keys()
+    for name, tensor in alone.items():  # the deployed block, of rank 3, comes first
+        assert torch.equal(tensor, both[name][3:] if name.endswith("A.weight") else both[name][:, 3:])
+    config = json.loads((tmp_path / "quarantine" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"] / config["r"]) == (5, 1.5)
+    assert done["quarantine"].difference.maximum <= done["quarantine"].difference.limit  # of the gated training model
+    found = logits_on(load(tmp_path / "quarantine", run.base, "peft"), run.probes)
+    assert all(largest_difference(found, run.logits[other]) > 0.1 for other in ("deployed", "both"))
+    assert "a control" in (tmp_path / "quarantine" / "README.md").read_text()
+
+
 def test_tokenizer_and_generation_config_come_along(run, tmp_path):
     export(run.checkpoint, tmp_path / "adapter")
     export(run.checkpoint, tmp_path / "model", format="hf")
@@ -262,7 +276,7 @@ def test_base_model_that_moved(broken, run, tmp_path):
     ("arguments", "message"),
     [
         ({"format": "gguf"}, "format='gguf': give one of peft, hf"),
-        ({"blocks": "quarantine"}, "blocks='quarantine': give one of deployed, both"),
+        ({"blocks": "all"}, "blocks='all': give one of deployed, both, quarantine"),
     ],
 )
 def test_unknown_choice(run, tmp_path, arguments, message):

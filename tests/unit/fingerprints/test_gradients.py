@@ -45,13 +45,13 @@ def nll(logits_SV: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return -log_probs.gather(1, row[2:, None]).sum()
 
 
-def padded_pass(model: nn.Module, rows: list[torch.Tensor], consume) -> None:
+def padded_pass(model: nn.Module, rows: list[torch.Tensor], consume, scale: float = 1.0) -> None:
     width = max(map(len, rows))
     ids = torch.stack([nn.functional.pad(row, (0, width - len(row))) for row in rows])
     mask = torch.stack([(torch.arange(width) < len(row)).long() for row in rows])
     with GradientTaps(probed_modules(list(model.model.layers), PROBE), consume) as taps:  # type: ignore[union-attr]
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        taps.backward(torch.stack([nll(own, row) for own, row in zip(logits, rows, strict=True)]).sum())
+        taps.backward(scale * torch.stack([nll(own, row) for own, row in zip(logits, rows, strict=True)]).sum())
 
 
 def hooked(model: nn.Module, rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -97,9 +97,9 @@ def test_gradients_of_a_batch_are_pefts_of_single_rollouts(model, rows):
             torch.testing.assert_close(found[name][index], gradient, rtol=1e-9, atol=1e-12)
 
 
-def fingerprints(model, rows) -> torch.Tensor:
+def fingerprints(model, rows, scale: float = 1.0) -> torch.Tensor:
     consumer = Fingerprints(PROBE, padded_spans([len(row) for row in rows], max(map(len, rows))))
-    padded_pass(model, rows, consumer)
+    padded_pass(model, rows, consumer, scale)
     return consumer.normalised_BF
 
 
@@ -111,6 +111,12 @@ def test_a_batchs_fingerprints_are_those_of_its_rollouts_alone(model, rows):
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(fingerprints(model, rows[::-1]), together.flip(0), rtol=1e-9, atol=1e-12)
     assert (together @ together.T - torch.eye(4)).abs().max() < 0.9  # and they differ
+
+
+def test_the_scale_of_the_loss_does_not_matter(model, rows):
+    """So a mean over tokens, as in the paper's code, gives the fingerprints of a sum."""
+    for scale in (1e-3, 7.0):
+        torch.testing.assert_close(fingerprints(model, rows, scale), fingerprints(model, rows), rtol=0, atol=1e-6)
 
 
 def test_the_pass_leaves_the_model_as_it_was(model, rows):

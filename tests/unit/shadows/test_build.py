@@ -133,5 +133,20 @@ def test_states_go_into_a_file_of_their_own(tmp_path: Path, capsys: pytest.Captu
         load_states(other, str(tmp_path))
 
 
+def test_a_shadows_schedule_goes_on_where_it_was(tmp_path: Path) -> None:
+    head_start = {"name": "route", "head_start_steps": 9, "head_start_until": 0.5}
+    entry = {"name": "early", "preset": "coinflip", "intervention": head_start}
+
+    def routers() -> dict[str, Router]:
+        config = parse({"compare": [entry]})
+        return {shadow.name: Router(config, shadow.methods) for shadow in build_shadows(config)}
+
+    first = routers()
+    first["early"].intervention.observe(2, {"flagged": 0.7})
+    save_states(first, str(tmp_path))
+    load_states(again := routers(), str(tmp_path))
+    assert [again["early"].intervention.table_at(step).absorb.update_mask for step in (2, 3)] == [(0, 0), (1, 1)]
+
+
 def test_detectors_say_whether_they_tell_rollouts_apart() -> None:
     assert [name for name in DETECTORS if not DETECTORS[name].tells_apart] == ["constant"]

@@ -193,6 +193,16 @@ def test_the_runs_own_columns_are_those_without_shadows(trainer) -> None:
     assert ends[0] == ends[1]
 
 
+def test_what_shadows_draw_is_not_drawn(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _, batch = trainer(COMPARE)
+    detector = made.shadows[0].methods.detector
+    monkeypatch.setattr(detector, "score", lambda seen: torch.rand(len(seen.keys), dtype=torch.float64))
+    before = torch.get_rng_state()
+    made._observe(batch, view(), judged(), {})
+    assert torch.equal(torch.get_rng_state(), before)
+    assert made.intervention.name == "route"  # and the run's own method is back in its place
+
+
 def test_fingerprints_of_one_probe_are_taken_once(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     from verl_grad_routing.training.trainer.learning import Learning
 

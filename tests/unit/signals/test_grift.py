@@ -11,7 +11,7 @@ import torch
 
 from verl_grad_routing.config import build_methods, parse
 from verl_grad_routing.detectors import DETECTORS, BatchView, checked_scores, view_for
-from verl_grad_routing.detectors.evaluation import f1, permuted_f1, verdict_metrics
+from verl_grad_routing.detectors.evaluation import f1, f1_rates, permuted_f1, verdict_metrics
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.fingerprints import GradientProbe, match, per_sample_gradients, sketch, soft_scores, two_clusters
 from verl_grad_routing.interventions import INTERVENTIONS, Judged
@@ -204,11 +204,23 @@ def test_f1_by_hand():
     assert verdict_metrics("grift", big, big.double(), 0)["grift/f1_clean"] == 1
 
 
+def test_chance_is_the_mean_over_permuted_facts():
+    hack = (torch.arange(300) < 90).double()
+    flags = torch.rand(300, generator=torch.Generator().manual_seed(2)) < 0.2
+    found = f1_rates(flags, hack)
+    assert found["chance_f1"] == pytest.approx(permuted_f1(flags, hack, seed=0, draws=400), abs=0.005)
+    assert (found["f1_hack"], found["f1_clean"]) == (f1(flags, hack), f1(~flags, hack == 0))
+    assert f1_rates(torch.zeros(3), torch.tensor([1.0, 0, 0])) == {"f1_hack": 0.0, "f1_clean": 0.8, "chance_f1": 0.0}
+    assert all(math.isnan(value) for value in f1_rates(flags, torch.ones(300)).values())
+
+
 def test_the_router_compares_verdicts_with_the_facts():
     settings = {"name": "grift", "layers": [1], "dim": F, "rules": ["^hack"]}
     config = parse({"detector": settings, "gate": {"name": "threshold", "route_above": 0.5}})
     judged, metrics = Router(config, build_methods(config)).decide(batch())
     assert metrics["grift/f1_hack"] == metrics["grift/f1_clean"] == metrics["detector/auroc"] == 1
+    assert metrics["detector/f1_hack"] == metrics["detector/f1_clean"] == 1
+    assert metrics["detector/chance_f1"] == pytest.approx(2 * 20 * 20 / (70 * 40))
     assert 0.2 < metrics["grift/permuted_f1"] < 0.5  # 20 of 60
     assert metrics["grift/abstain"] == 0 and judged.flagged_B.sum() == 20
     _, metrics = Router(config, build_methods(config)).decide(batch(responses=("solution",) * 70))

@@ -54,12 +54,25 @@ FIRST = ["off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle
 LATER = ["labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "gradient_regularization"]
 LATER += ["advantage_modification", "monitor_penalty", "screen", "inoculation"]
 LATER += ["grift_mask", "grift_filter", "confessions", "seal_broken"]
-LATER += ["retain_pass", "sgtm", "cloud", "antipasto"]
+LATER += ["retain_pass", "sgtm", "cloud", "antipasto", "persona_token"]
 
 
 @pytest.mark.parametrize("preset", [*FIRST, *LATER])
 def test_every_preset_passes(folder: Path, preset: str) -> None:
     check(folder, preset=preset)
+
+
+EXPANSION = {"original": 320, "units": 64, "layers": [0, 1, 2]}
+
+
+def test_a_preset_that_reads_an_expanded_model(folder: Path) -> None:
+    """It passes on one, and names what makes one otherwise."""
+    with pytest.raises(UserError, match=r"grad_routing\.blocks\.units\.mlp_units='expanded'.*`vgr expand MODEL"):
+        check(folder, preset="era")
+    (folder / "model" / "config.json").write_text(json.dumps({**MODEL_CONFIG, "grad_routing_expansion": EXPANSION}))
+    check(folder, preset="era")
+    with pytest.raises(UserError, match=r"grad_routing\.blocks\.units\.layers=\[0\].*leave it null"):
+        check(folder, "grad_routing.blocks.units.layers=[0]", preset="era")
 
 
 @pytest.mark.parametrize("preset", ["corda", "scorda", "scorda_rev"])
@@ -177,6 +190,87 @@ def test_bad_input_is_one_line_with_key_and_fix(folder: Path, name: str) -> None
     assert key in message and fix in message and "\n" not in message
 
 
+@pytest.mark.parametrize("preset", ["advantage_modification", "screen"])
+def test_a_rollout_that_is_alone_is_compared_with_nothing(folder: Path, preset: str) -> None:
+    with pytest.raises(UserError, match=r"rollout\.n=1: .* compares the rollouts of a prompt; set at least 2"):
+        check(folder, f"{ROLLOUT}.n=1", preset=preset)
+
+
+TOKENS = "{name: per_token, inner: {name: batch_quantile, route: 0.5, keep: 0.0}}"
+BAD_TOKENS = {
+    "a detector of rollouts": (
+        ["~grad_routing.detector", "+grad_routing.detector={name: coinflip}"],
+        "grad_routing.gate.name='per_token'",
+        "coinflip scores rollouts, not tokens",
+    ),
+    "an intervention on rollouts": (
+        ["~grad_routing.intervention", "+grad_routing.intervention={name: screen}"],
+        "grad_routing.gate.name='per_token'",
+        "screen acts on whole rollouts",
+    ),
+    "cosines beside pairs": (
+        [
+            "grad_routing.detector.token_score=cosine",
+            "~grad_routing.gate.inner",
+            "+grad_routing.gate.inner={name: pair_midpoint}",
+        ],
+        "grad_routing.detector.token_score='cosine'",
+        "set projection",
+    ),
+    "quarantine off": (["grad_routing.quarantine_off_share=0.25"], "quarantine_off_share=0.25", "set 0.0"),
+    "shadows": (["grad_routing.compare=[random]"], "grad_routing.compare=['random']", "leave it empty"),
+    "a window for a gate on rollouts": (
+        ["grad_routing.detector.token_window=4", "~grad_routing.gate", "+grad_routing.gate={name: otsu}"],
+        "grad_routing.detector.token_window=4",
+        "set gate.name=per_token",
+    ),
+    "cosines for a gate on rollouts": (
+        ["grad_routing.detector.token_score=cosine", "~grad_routing.gate", "+grad_routing.gate={name: otsu}"],
+        "grad_routing.detector.token_score='cosine'",
+        "never asks for scores of tokens",
+    ),
+    "inside a gate on rollouts": (
+        ["~grad_routing.gate", f"+grad_routing.gate={{name: hysteresis, inner: {TOKENS}}}"],
+        "grad_routing.gate.inner.name='per_token'",
+        "put it inside per_token instead",
+    ),
+    "itself inside": (
+        ["~grad_routing.gate", f"+grad_routing.gate={{name: per_token, inner: {TOKENS}}}"],
+        "grad_routing.gate.inner.name='per_token'",
+        "decides on tokens already",
+    ),
+    "no window": (["grad_routing.detector.token_window=0"], "grad_routing.detector.token_window=0", "at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TOKENS)
+def test_routes_of_tokens_with_what_cannot_take_them(folder: Path, name: str) -> None:
+    overrides, key, fix = BAD_TOKENS[name]
+    with pytest.raises(UserError) as caught:
+        check(folder, *overrides, preset="persona_token")
+    message = str(caught.value)
+    assert key in message and fix in message and "\n" not in message
+
+
+def test_a_shadow_with_routes_of_tokens(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"gate\.name='per_token'.*give it a gate on rollouts"):
+        check(folder, "grad_routing.compare=[persona_token]")
+
+
+def test_weights_of_tokens(folder: Path) -> None:
+    from verl_grad_routing.token_weights import Frequencies, save_weights
+
+    file, key = folder / "weights.parquet", "grad_routing.intervention.token_weights"
+    given = f"{key}={file}"
+    with pytest.raises(UserError, match=r"token_weights=.*no such file; write it with vgr token-weights"):
+        check(folder, given, preset="cloud")
+    save_weights(file, ["a", "b"], torch.tensor([1, 0]), torch.tensor([0, 1]), Frequencies())
+    check(folder, given, preset="cloud")
+    (folder / "model" / "config.json").write_text(json.dumps({**MODEL_CONFIG, "vocab_size": 3}))
+    with pytest.raises(UserError, match="it has 2 tokens and the model 3"):
+        check(folder, given, preset="cloud")
+
+
 OFF, APART = "grad_routing.quarantine_off", "grad_routing.quarantine_off_unit=rollout"
 BAD_SHARES = {
     "all": ([f"{OFF}_share=1.0"], f"{OFF}_share", "[0, 1)"),
@@ -259,10 +353,11 @@ def test_a_share_of_rollouts_without_the_quarantine(folder: Path, overrides: lis
     check(folder, f"{OFF}_share=0.25", *overrides)
 
 
-@pytest.mark.parametrize("alpha", ["1.5", "nan", "half", "inf"])
-def test_alpha_out_of_form(folder: Path, alpha: str) -> None:
-    with pytest.raises(UserError, match=r"grad_routing.intervention.alpha.*at most 1"):
-        check(folder, f"grad_routing.intervention.alpha={alpha}", preset="cloud")
+@pytest.mark.parametrize("key", ["alpha", "off_target"])
+@pytest.mark.parametrize("value", ["1.5", "nan", "half", "inf"])
+def test_alpha_out_of_form(folder: Path, key: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"grad_routing.intervention.{key}.*at most 1"):
+        check(folder, f"grad_routing.intervention.{key}={value}", preset="cloud")
 
 
 def test_adapters_have_no_activations_to_weigh(folder: Path) -> None:

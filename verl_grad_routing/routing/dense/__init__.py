@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from verl_grad_routing.routing.dense.ablate import ablated, all_ablated
+    from verl_grad_routing.routing.dense.expansion import EXPANDED, Expansion
     from verl_grad_routing.routing.dense.install import DenseContext, install_blocks
     from verl_grad_routing.routing.dense.kernel import scaled_gradient, token_weight, unit_linear
     from verl_grad_routing.routing.dense.parts import BlockParts
+    from verl_grad_routing.routing.dense.resize import narrowed, widened
     from verl_grad_routing.routing.dense.units import SHARED, DenseBlocks, Role, Shape, UnitsConfig
 
 _MODULES = {
     "ablate": "ablated all_ablated",
+    "expansion": "EXPANDED Expansion",
     "install": "DenseContext install_blocks",
     "kernel": "scaled_gradient token_weight unit_linear",
     "parts": "BlockParts",
+    "resize": "narrowed widened",
     "units": "SHARED DenseBlocks Role Shape UnitsConfig",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
@@ -27,12 +31,16 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names.sp
 __all__ = [  # noqa: RUF022 (by module)
     "ablated",
     "all_ablated",
+    "EXPANDED",
+    "Expansion",
     "DenseContext",
     "install_blocks",
     "scaled_gradient",
     "token_weight",
     "unit_linear",
     "BlockParts",
+    "narrowed",
+    "widened",
     "SHARED",
     "DenseBlocks",
     "Role",

@@ -95,16 +95,16 @@ def _shard_groups(parameter: DTensor) -> list[dist.ProcessGroup]:
 
 
 def _pieces(parameter: nn.Parameter, role: Role) -> list[Piece]:
-    dim = role.dim
     shard = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    if dim is None or role.shared:
-        runs = {"shared" if role.shared else "deployed": [(0, shard.shape[0])]}
-        dim = 0
-    else:
-        local = _local_flags(parameter, dim, role.ranges)
+    first, split = ("shared", ()) if role.shared else ("deployed", role.ranges)
+    dim = role.dim if split else role.dead_dim if role.dead else 0
+    assert dim is not None
+    runs = {first: [(0, shard.shape[0])]}
+    if split or role.dead:
+        local = _local_flags(parameter, dim, split, role.dead)
         runs = {
             block: ranges_of((local == flag).nonzero().flatten().tolist())
-            for block, flag in (("deployed", 0), ("quarantine", 1))
+            for block, flag in ((first, 0), ("quarantine", 1))
         }
     made = []
     for block, found in runs.items():
@@ -116,11 +116,12 @@ def _pieces(parameter: nn.Parameter, role: Role) -> list[Piece]:
     return made
 
 
-def _local_flags(parameter: nn.Parameter, dim: int, ranges: Sequence[Range]) -> Tensor:
-    """1 for the quarantine's rows or columns of the local shard, 0 for the others."""
+def _local_flags(parameter: nn.Parameter, dim: int, ranges: Sequence[Range], dead: Sequence[Range]) -> Tensor:
+    """1 for the quarantine's rows or columns of the local shard, 2 for padding, 0 for the others."""
     flags = torch.zeros(parameter.shape[dim], dtype=torch.int32, device=parameter.device)
-    for first, last in ranges:
-        flags[first:last] = 1
+    for flag, runs in ((1, ranges), (2, dead)):
+        for first, last in runs:
+            flags[first:last] = flag
     if not isinstance(parameter, DTensor):
         return flags
     cut = [placement for placement in parameter.placements if placement.is_shard()]

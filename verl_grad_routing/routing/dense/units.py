@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import nearest
+from verl_grad_routing.routing.dense.expansion import EXPANDED, Expansion, check_padding, new_units
 
 SHARED = (
     "embeddings",  # the token embedding
@@ -41,7 +42,10 @@ _COLUMNS = {"mlp.down_proj": ("units", "mlp_projection"), "self_attn.o_proj": ("
 
 @dataclass(frozen=True)
 class Shape:
-    """What the blocks need to know of a model: counts of layers, MLP units, query heads and key/value groups."""
+    """What the blocks need to know of a model: counts of layers, MLP units, query heads and key/value groups.
+
+    ``expansion`` is what ``vgr expand`` has added to it, counted in ``units``.
+    """
 
     layers: int
     units: int
@@ -49,6 +53,7 @@ class Shape:
     groups: int
     head_size: int
     tied: bool
+    expansion: Expansion | None = None
 
     @classmethod
     def of(cls, config: Mapping[str, Any], where: str = "actor_rollout_ref.model.path") -> Shape:
@@ -61,7 +66,8 @@ class Shape:
         layers, units, heads, hidden = (config[key] for key in counts)
         size = config.get("head_dim") or hidden // heads
         groups = config.get("num_key_value_heads") or heads
-        return cls(layers, units, heads, groups, size, bool(config.get("tie_word_embeddings", False)))
+        tied = bool(config.get("tie_word_embeddings", False))
+        return cls(layers, units, heads, groups, size, tied, Expansion.of(config, where))
 
     @classmethod
     def of_folder(cls, folder: Path) -> Shape:
@@ -76,7 +82,8 @@ class UnitsConfig:
     Each of the first three is a number N (the first N), a list, or text such as ``"0-79,128"``, both ends included.
 
     Attributes:
-        mlp_units: MLP units of every chosen layer; ``None`` or 0 for none.
+        mlp_units: MLP units of every chosen layer; ``None`` or 0 for none; ``"expanded"`` for the new units of a model
+            that ``vgr expand`` wrote, in the layers that it chose.
         heads: Query heads of every chosen layer, whole key/value groups; ``None`` or 0 for none.
         layers: Layers, counted from 0; ``None`` for all.
         shared: Names in ``SHARED``: parameters that learn from everything.
@@ -99,9 +106,12 @@ class UnitsConfig:
         """The blocks of a model of that shape.
 
         Raises:
-            UserError: A number out of range or twice, heads that are no whole groups, a quarantine of nothing or of
-                all units or heads, or tied embeddings that a mask would reach.
+            UserError: A number out of range or twice, heads that are no whole groups, a quarantine of nothing, of all
+                units or heads or of padding, new units of a model without any, or tied embeddings that a mask would
+                reach.
         """
+        if self.mlp_units == EXPANDED:
+            return replace(self, **new_units(shape.expansion, self.layers)).resolve(shape)
         every = tuple(range(shape.layers))
         layers = every if self.layers is None else numbers("layers", self.layers, shape.layers, "layers")
         units = numbers("mlp_units", self.mlp_units, shape.units, "MLP units")
@@ -112,6 +122,7 @@ class UnitsConfig:
             if len(chosen) == count:
                 raise UserError(key, getattr(self, key), f"these are all {count}; leave the deployed block some")
         _check_groups(self.heads, heads, shape)
+        check_padding(shape.expansion, units, layers)
         missing = [name for name in ("embeddings", "head") if name not in self.shared]
         if shape.tied and missing:
             fix = "this model's embedding is its head too: put embeddings and head into shared, or untie them"
@@ -179,11 +190,14 @@ class Role:
         shared: It learns from everything and belongs to neither block.
         dim: Dimension along which the quarantine's part lies; ``None``: all of it is of one block, or shared.
         ranges: The quarantine's part along ``dim``, whether or not the parameter is shared.
+        dead: Padding of an expanded model along ``dead_dim``: zero, of no block, never stepped.
     """
 
     shared: bool = False
     dim: int | None = None
     ranges: tuple[Range, ...] = ()
+    dead_dim: int | None = None
+    dead: tuple[Range, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -195,6 +209,12 @@ class DenseBlocks:
     units: tuple[int, ...]
     heads: tuple[int, ...]
     shared: frozenset[str] = field(default_factory=frozenset)
+
+    @property
+    def expansion(self) -> Expansion | None:
+        """Of an expanded model whose new units are the quarantine's: deployment takes them away. Else ``None``."""
+        found = self.shape.expansion
+        return found if found is not None and (found.new, found.layers) == (self.units, self.layers) else None
 
     def role(self, name: str) -> Role:
         """The role of the parameter ``name`` (of the Hugging Face model).
@@ -228,8 +248,12 @@ class DenseBlocks:
             raise _unsupported(name)
         shared |= {"attention"} if attention else set()
         shared |= set() if layer in self.layers else {"other_layers"}
-        dim = (0 if module in _ROWS else 1) if ranges else None
-        return Role(bool(self.shared & shared), dim, ranges)
+        dim, dead = 0 if module in _ROWS else 1, () if attention else self._dead(layer)
+        return Role(bool(self.shared & shared), dim if ranges else None, ranges, dim if dead else None, dead)
+
+    def _dead(self, layer: int) -> tuple[Range, ...]:
+        expansion = self.shape.expansion
+        return () if expansion is None or layer in expansion.layers else ranges_of(expansion.new)
 
     def _ranges(self, layer: int, what: str) -> tuple[Range, ...]:
         if layer not in self.layers:

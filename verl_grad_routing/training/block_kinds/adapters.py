@@ -84,7 +84,7 @@ class AdapterBlocks(BlockKind):
 
     def set_masks(self, micro_batch: TensorDict, masks: tuple[Tensor, Tensor], to_tokens: ToTokens) -> None:
         del micro_batch
-        self.context.set(*(to_tokens(mask_B2) for mask_B2 in masks))
+        self.context.set(*(to_tokens(mask_N2) for mask_N2 in masks))
 
     def build_step(
         self,

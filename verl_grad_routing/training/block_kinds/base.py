@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from verl_grad_routing.training.engine import RoutedFSDPEngine
 
 ToTokens = Callable[[Tensor], Tensor | None]
-"""Masks of rollouts [B, 2] to masks of tokens, [1, T, 2] or [B, S, 2]; ``None`` for a mask without effect."""
+"""Masks [N, 2] as ``masks.masks_of`` gives them to masks of tokens, [1, T, 2] or [B, S, 2]; ``None``: no effect."""
 
 
 class BlockKind(ABC):
@@ -67,7 +67,7 @@ class BlockKind(ABC):
 
     @abstractmethod
     def set_masks(self, micro_batch: TensorDict, masks: tuple[Tensor, Tensor], to_tokens: ToTokens) -> None:
-        """Put the masks of a micro-batch into the context: ``masks.row_masks`` of it, and what else its routes say."""
+        """Put the masks of a micro-batch into the context: ``masks.masks_of`` it, and what else its routes say."""
 
     @abstractmethod
     def build_step(

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from verl_grad_routing.config import BlockOptimConfig
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.routing import BLOCKS, activation_gradients
+from verl_grad_routing.routing import BLOCKS
 from verl_grad_routing.routing.dense import (
     BlockParts,
     DenseBlocks,
@@ -27,7 +27,7 @@ from verl_grad_routing.routing.dense import (
 from verl_grad_routing.training.block_kinds.base import BLOCK_KINDS, BlockKind, ToTokens
 from verl_grad_routing.training.dense_step import DenseStep
 from verl_grad_routing.training.hooks import EngineHook
-from verl_grad_routing.training.masks import routing_table
+from verl_grad_routing.training.masks import activation_gradients_of
 
 if TYPE_CHECKING:
     from verl_grad_routing.training.checks.run import Run
@@ -75,13 +75,12 @@ class DenseUnits(BlockKind):
         return module
 
     def set_masks(self, micro_batch: TensorDict, masks: tuple[Tensor, Tensor], to_tokens: ToTokens) -> None:
-        gate_B2, update_B2 = masks
-        table = routing_table(micro_batch)
-        weights_B2 = torch.ones_like(gate_B2)
-        if table is not None:
-            weights_B2 = activation_gradients(micro_batch["route"], table)
-        shared_B2 = update_B2.amax(dim=1, keepdim=True).expand(-1, 2)
-        self.context.set_all(*(to_tokens(mask_B2) for mask_B2 in (gate_B2, update_B2, weights_B2, shared_B2)))
+        gate_N2, update_N2 = masks
+        weights_N2 = activation_gradients_of(micro_batch)
+        if weights_N2 is None:
+            weights_N2 = torch.ones_like(gate_N2)
+        shared_N2 = update_N2.amax(dim=1, keepdim=True).expand(-1, 2)
+        self.context.set_all(*(to_tokens(mask_N2) for mask_N2 in (gate_N2, update_N2, weights_N2, shared_N2)))
 
     def build_step(
         self,
@@ -103,7 +102,7 @@ class DenseUnits(BlockKind):
         return all_ablated(tensors, self.blocks), configuration
 
     def layout(self, engine: RoutedFSDPEngine) -> dict[str, Any]:
-        layout = self.blocks.as_layout()
+        layout, expansion = self.blocks.as_layout(), self.blocks.expansion
         shared = layout.pop("shared")
         return {
             "kind": self.name,
@@ -111,6 +110,7 @@ class DenseUnits(BlockKind):
             "shared": shared,
             "ablate_at_deployment": self.config.ablate_at_deployment,
             "base_model": str(engine.model_config.path),
+            "expansion": None if expansion is None else expansion.as_record(),
         }
 
 

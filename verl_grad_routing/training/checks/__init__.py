@@ -21,6 +21,8 @@ from verl_grad_routing.training.checks import (
     monitors,
     sampling,
     start,
+    tokens,
+    warm_up,
 )
 from verl_grad_routing.training.checks.run import MISSING, Run, get
 
@@ -39,6 +41,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     model.merge,
     methods.passes,
     start.files,
+    warm_up.card,
     methods.pairs,
     methods.groups,
     methods.fingerprints,
@@ -56,6 +59,10 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     confessions.replayed,
     confessions.lengths,
     sampling.quarantine_off,
+    tokens.token_routes,
+    tokens.rollout_gate,
+    tokens.shadows,
+    tokens.token_weights,
     combinations.combination,
     combinations.shadows,
     start.replay,

@@ -16,6 +16,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl_grad_routing.config import build_methods, parse
 from verl_grad_routing.training.replay import RoutedReplayBuffer
 from verl_grad_routing.training.router import Router
+from verl_grad_routing.training.shared_queue import refuse_another_runs_queue
 from verl_grad_routing.training.watchdog import Watchdog
 from verl_grad_routing.training.worker import RoutedActorRolloutRefWorker
 
@@ -32,6 +33,7 @@ class Core(PPOTrainerSync):
     """
 
     def __init__(self, config: DictConfig):
+        refuse_another_runs_queue(OmegaConf.select(config, "ray_kwargs.ray_init.address"))
         self.settings = parse(OmegaConf.to_container(config.grad_routing, resolve=True))
         self.router = Router(self.settings, build_methods(self.settings))
         self.detector, self.intervention = self.router.detector, self.router.intervention

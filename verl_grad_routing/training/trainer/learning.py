@@ -21,11 +21,13 @@ from verl.workers.utils.padding import response_from_nested
 from verl_grad_routing.detectors import BatchView
 from verl_grad_routing.interventions import Intervention, Judged
 from verl_grad_routing.routing import Route
+from verl_grad_routing.token_weights import predicted_weights
 from verl_grad_routing.training.columns import live_rows, part_of, read, real_rows, write
 from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
-from verl_grad_routing.training.masks import OFF_TABLE, TABLE
+from verl_grad_routing.training.masks import OFF_TABLE, TABLE, TOKEN_ROUTE, TOKEN_WEIGHT
 from verl_grad_routing.training.own_gate import CURRENT, closed_rows
 from verl_grad_routing.training.router import fact_metrics
+from verl_grad_routing.training.token_routes import column
 from verl_grad_routing.training.trainer.sampling import off_metrics
 from verl_grad_routing.training.trainer.scoring import Scoring
 
@@ -61,15 +63,28 @@ class Learning(Scoring):
     # ---- routes ----
 
     def _write_routes(self, batch: KVBatchMeta, judged: Judged) -> KVBatchMeta:
-        """``route`` for every row, pad rows too (as ABSORB: they have no tokens)."""
+        """``route`` for every row, pad rows too (as ABSORB: they have no tokens), and those of tokens."""
         routes_N = torch.full((len(batch.keys),), int(Route.ABSORB), dtype=torch.int64)
+        token_routes = None
         if self.intervention.uses_routes:
             routes_N[real_rows(batch)] = judged.routes_B
-        batch = write(batch, {"route": routes_N})
-        self._recompute_old_log_probs_of_keep(batch, routes_N)
+            if judged.token_routes is not None:
+                lengths_N = [len(mask) for mask in read(batch, "response_mask")["response_mask"].unbind()]
+                token_routes = column(judged.token_routes, real_rows(batch), lengths_N)
+        columns: dict[str, Any] = {"route": routes_N}
+        if token_routes is not None:
+            columns[TOKEN_ROUTE] = token_routes
+        if self.intervention.token_weights_V is not None:
+            texts = read(batch, "prompts", "responses")
+            rows = zip(texts["prompts"].unbind(), texts["responses"].unbind(), strict=True)
+            columns[TOKEN_WEIGHT] = predicted_weights(self.intervention.token_weights_V, map(torch.cat, rows))
+        batch = write(batch, columns)
+        self._recompute_old_log_probs_of_keep(batch, routes_N, token_routes)
         return batch
 
-    def _recompute_old_log_probs_of_keep(self, batch: KVBatchMeta, routes_N: torch.Tensor) -> None:
+    def _recompute_old_log_probs_of_keep(
+        self, batch: KVBatchMeta, routes_N: torch.Tensor, token_routes: list[torch.Tensor] | None
+    ) -> None:
         """KEEP rows train under another forward gate than they were sampled under, so their ratio must start at 1.
 
         Where the step is one on-policy update the update itself takes care of that. Else one forward over those rows,
@@ -77,7 +92,7 @@ class Learning(Scoring):
         multiple that the pass needs, and come out as they went in.
         """
         tables = self._tables()
-        closed_N = closed_rows(routes_N, tables[TABLE])
+        closed_N = closed_rows(routes_N, tables[TABLE], token_routes)
         if (off_N := self.off_of(batch)) is not None:
             closed_N &= ~off_N  # these have the log-probs of the policy that sampled them
         if self._is_one_on_policy_update(len(batch.keys)) or not closed_N.any():

@@ -44,6 +44,7 @@ class Reader:
         rows: What its direction has a row for: layers by number, or with a ``bottleneck`` its modules by name.
         width: Length of such a row: the hidden size, or the bottleneck's rank.
         place: The same for the log.
+        token_score: How single tokens are scored beside the rollouts; ``None``: not at all.
     """
 
     detector: ActivationDetector
@@ -53,6 +54,7 @@ class Reader:
     pairs: PairSet | None
     bottleneck: Bottleneck | None
     place: str
+    token_score: str | None = None
 
     @property
     def in_passes(self) -> bool:
@@ -61,7 +63,8 @@ class Reader:
 
     @property
     def projection(self) -> Project:
-        return Project(self.rows, self.detector.directions_DLd, self.detector.position, self.bottleneck)
+        vectors_DLd, position = self.detector.directions_DLd, self.detector.position
+        return Project(self.rows, vectors_DLd, position, self.bottleneck, self.token_score)
 
 
 class Scoring(Sampling):
@@ -81,7 +84,10 @@ class Scoring(Sampling):
         if readers:
             shape = self.actor_rollout_wg.model_shape()[0]
             for detector in readers:
-                self.readers.append(reader := self._reader(detector, shape))
+                reader = self._reader(detector, shape)
+                if detector is self.detector:
+                    reader = dataclasses.replace(reader, token_score=self.router.token_score)
+                self.readers.append(reader)
                 self._fit_direction(reader)
                 print(
                     f"grad_routing: scores of {detector.name} are read in the {reader.which} pass {reader.place} of "
@@ -241,6 +247,11 @@ class Scoring(Sampling):
             reader = next(reader for reader in self.readers if reader.detector is detector)
             scores_BD = self._activation_scores(reader) if reader.in_passes else self._gradient_scores(real, reader)
             view = dataclasses.replace(view, activation_scores_BD=scores_BD)
+            if reader.token_score is not None:
+                column = f"{self._projections(reader.which).column}_tokens"
+                data = read(real, column, "response_mask")
+                rows = {"activation_token_scores": column, "response_masks": "response_mask"}
+                view = dataclasses.replace(view, **{name: tuple(data[c].unbind()) for name, c in rows.items()})
         return self._fingerprinted(real, view, detector) if detector.needs_fingerprints else view
 
     def _activation_scores(self, mine: Reader) -> torch.Tensor:

@@ -1,0 +1,125 @@
+"""The rows of ``vgr bench routing``: what is measured, against what, how both are set up, and the bound.
+
+All run the embedded environment's model and batch (128 rollouts, see ``bench.step``). Adapter rows are one
+``update_actor`` with the blocks and the routing table of a preset against two blocks unrouted, rows of the base model's
+own units one against stock verl's update of every parameter, and ``persona_grad``'s scores are against one forward and
+backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl_grad_routing.bench.gradient_scores import forward_backward, scores
+from verl_grad_routing.bench.step import ROLLOUTS, Bench, build_engine, make_batch, make_loss, update_actor
+from verl_grad_routing.errors import UserError
+from verl_grad_routing.interventions import INTERVENTIONS
+from verl_grad_routing.routing import DEFAULT, STRICT, Contrast, Route, RoutingTable, save_contrast
+
+Work = Callable[[], object]
+ADAPTER_BOUND, DENSE_BOUND, SCORES_BOUND = 1.03, 1.05, 1.1
+# SGTM's small model: some units and a head of every layer, embeddings and norms learning from all.
+UNITS = {"kind": "dense", "units": {"mlp_units": 64, "heads": 1, "shared": ["embeddings", "head", "norms"]}}
+RANKS = {"deployed_rank": 8, "quarantine_rank": 8}
+SHARES = {Route.ROUTE: 0.5, Route.ABSORB: 0.25, Route.KEEP: 0.25}
+"""Routes of the routed batch: all three kernels' paths are taken."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: ``routed`` and ``plain`` set up one update each in a folder that holds the model."""
+
+    against: str
+    bound: float
+    routed: Callable[[Path], Work]
+    plain: Callable[[Path], Work]
+
+
+ROWS: dict[str, Row] = {}
+
+
+def register_row(name: str, row: Row) -> None:
+    """Add a row. Raises ``UserError`` when the name is taken."""
+    if ROWS.setdefault(name, row) is not row:
+        raise UserError("benchmark row", name, "already registered; pick another name")
+
+
+def adapter_update(
+    blocks: dict[str, Any], table: RoutingTable = DEFAULT, routed: bool = True
+) -> Callable[[Path], Work]:
+    """An update of two adapter blocks with these settings, over mixed routes or absorbing everything."""
+
+    def make(folder: Path) -> Work:
+        settings = dict(blocks)
+        if "contrast" in settings:
+            settings["contrast"] = str(_made_up_contrast(folder))
+        return _update(build_engine(folder, {**RANKS, **settings}), table, routed)
+
+    return make
+
+
+def dense_update(intervention: dict[str, Any]) -> Callable[[Path], Work]:
+    """An update of two blocks of the base model itself, over mixed routes and as this intervention treats them."""
+    table = INTERVENTIONS.build(intervention, "benchmark row").table
+    return lambda folder: _update(build_engine(folder, UNITS, lora_rank=0), table, routed=True)
+
+
+def stock_update(folder: Path) -> Work:
+    """Stock verl's update of every parameter."""
+    return _update(build_engine(folder, None, lora_rank=0), DEFAULT, routed=False)
+
+
+def _update(engine: Any, table: RoutingTable, routed: bool) -> Work:
+    batch, loss = make_batch(kl=True), make_loss(kl=True)
+    counts = [round(ROLLOUTS * share) for share in SHARES.values()]
+    mixed = torch.tensor([int(route) for route in SHARES]).repeat_interleave(torch.tensor(counts))
+    routes = mixed[torch.randperm(ROLLOUTS)] if routed else torch.full((ROLLOUTS,), int(Route.ABSORB))
+    return lambda: update_actor(engine, batch, routes, table, loss)
+
+
+def gradient_scores(folder: Path) -> Work:
+    """Detector ``persona_grad``'s scores of all rollouts."""
+    bench = Bench(folder, kl=False, joined=True)
+    assert torch.isfinite(scores(bench)).all()  # and the bases are made, which happens once in a run
+    return lambda: scores(bench)
+
+
+def one_pass(folder: Path) -> Work:
+    """One forward and backward pass over the same rollouts, both blocks' gradients included."""
+    bench = Bench(folder, kl=False, joined=True)
+    return lambda: forward_backward(bench)
+
+
+def _made_up_contrast(folder: Path) -> Path:
+    """Differences of ten pairs for every linear layer: the cost of an update does not depend on what they are."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from verl_grad_routing.warm_up.command import linear_modules
+
+    path = folder / "contrast.safetensors"
+    if not path.exists():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        sizes = {name: model.get_submodule(name).in_features for name in linear_modules(folder)}
+        save_contrast(Contrast({name: torch.randn(10, size) + 1 for name, size in sizes.items()}), path)  # type: ignore[arg-type]
+    return path
+
+
+_VANILLA = adapter_update({}, routed=False)
+for _name, _blocks, _table in (
+    ("persona", {}, DEFAULT),
+    ("strict", {}, STRICT),
+    ("pissa", {"init": "pissa_split"}, DEFAULT),
+    ("corda", {"init": "corda", "contrast": ""}, DEFAULT),
+    ("scorda", {"init": "scorda", "contrast": ""}, DEFAULT),
+    ("decay_to_start", {"optim": {"decay_to_start": True}}, DEFAULT),
+):
+    register_row(_name, Row("vanilla_2r", ADAPTER_BOUND, adapter_update(_blocks, _table), _VANILLA))
+for _name, _intervention in (("sgtm", {"name": "sgtm"}), ("cloud", {"name": "cloud"})):
+    register_row(_name, Row("full parameters", DENSE_BOUND, dense_update(_intervention), stock_update))
+register_row("persona_grad", Row("one pass", SCORES_BOUND, gradient_scores, one_pass))
