@@ -54,13 +54,14 @@ def other_form(
 ) -> tuple[str, Run, dict[str, Path]]:
     """A form of blocks, its run with greedy validation at the end, and what was exported of it by ``vgr export``."""
     settings = [
+        "grad_routing.blocks.init=pissa_split",
         f"grad_routing.blocks.form={request.param}",
-        "actor_rollout_ref.actor.optim.lr=0.02",
+        "actor_rollout_ref.actor.optim.lr=0.01",
         "actor_rollout_ref.rollout.val_kwargs.temperature=0",
         f"trainer.test_freq={STEPS}",
         f"trainer.save_freq={STEPS}",
     ]
-    run = train("pissa", STEPS, *SMALL, *settings, name=request.param)
+    run = train("absorb", STEPS, *SMALL, *settings, name=request.param)  # every rollout trains both blocks
     folders = {blocks: tmp_path_factory.mktemp(request.param) / blocks for blocks in BLOCKS}
     checkpoint = run.folder / "checkpoints" / f"global_step_{STEPS}"
     for blocks, folder in folders.items():
