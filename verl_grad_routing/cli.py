@@ -53,6 +53,7 @@ class Kind(str, Enum):
     environments = "environments"
     hooks = "hooks"
     bases = "bases"
+    forms = "forms"
 
 
 class Format(str, Enum):
@@ -101,6 +102,7 @@ def list_names(kind: Annotated[Kind, typer.Argument(help="What to list.")]) -> N
         Kind.environments: _environments,
         Kind.hooks: _hooks,
         Kind.bases: _bases,
+        Kind.forms: _forms,
     }[kind]()
     width = max((len(name) for name, _ in rows), default=0)
     for name, text in rows:
@@ -385,6 +387,14 @@ def _bases() -> list[tuple[str, str]]:
 
     load_external_methods()
     return [(name, _first_line(INITIALISATIONS[name])) for name in sorted(INITIALISATIONS)]
+
+
+def _forms() -> list[tuple[str, str]]:
+    from verl_grad_routing.registry import load_external_methods
+    from verl_grad_routing.routing import FORMS
+
+    load_external_methods()
+    return [(name, _first_line(type(FORMS[name]))) for name in sorted(FORMS)]
 
 
 def _environments() -> list[tuple[str, str]]:

@@ -78,6 +78,7 @@ class BlocksConfig:
         deployed_rank: Rank of the deployed block.
         quarantine_rank: Rank of the quarantine block; equal by default, or a comparison measures size.
         init: Name of the initialisation of the A rows (``routing.INITIALISATIONS``); B starts at 0.
+        form: What a block keeps of each layer (``routing.FORMS``): ``lora``, ``two_sided``, ``antipasto``.
         seed: Seed of the initialisation.
         contrast: File that ``vgr contrast`` wrote, for an ``init`` that reads pairs; ``None`` for all others.
         clip_norm_deployed: Gradient norm limit of the deployed block; ``None`` takes ``actor.optim.clip_grad``.
@@ -93,6 +94,7 @@ class BlocksConfig:
     deployed_rank: int = 8
     quarantine_rank: int = 8
     init: str = "random_orthogonal"
+    form: str = "lora"
     seed: int = 0
     contrast: str | None = None
     clip_norm_deployed: float | None = None
@@ -106,6 +108,8 @@ class BlocksConfig:
             rank = getattr(self, key)
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise UserError(key, rank, "give a whole number of at least 1")
+        if self.form != "lora" and not self.enabled:
+            raise UserError("form", self.form, "there are no blocks (blocks.enabled=false); leave lora")
         for key in ("clip_norm_deployed", "clip_norm_quarantine"):
             limit = getattr(self, key)
             if limit is not None and not limit > 0:
@@ -116,6 +120,13 @@ class BlocksConfig:
     @property
     def total_rank(self) -> int:
         return self.deployed_rank + self.quarantine_rank
+
+    @property
+    def adapter_rank(self) -> int:
+        """Rank of the plain adapter that both blocks are for the rollout. Raises ``UserError`` for an unknown form."""
+        from verl_grad_routing.routing import get_form  # imports torch
+
+        return self.total_rank * get_form(self.form).sides
 
 
 @dataclass(frozen=True)

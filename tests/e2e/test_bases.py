@@ -1,14 +1,20 @@
-"""A basis from pairs in a real run, with the sparsity term and blocks optimised apart."""
+"""Bases and forms of blocks in real runs: from pairs, with the sparsity term and blocks optimised apart; two-sided."""
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.e2e.conftest import SMALL, Train
+from tests.e2e.conftest import ROOT, SMALL, Train
+from tests.e2e.test_export import greedy
 from verl_grad_routing.commands.contrast import make_contrast
+from verl_grad_routing.compare.runs import Run
 from verl_grad_routing.routing import save_contrast
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(1000)]
@@ -37,3 +43,70 @@ def test_scorda_trains_and_is_validated_as_deployed(environment: Path, train: Tr
     assert values["routing/lr/quarantine"] == [2 * rate for rate in values["routing/lr/deployed"]]
     as_trained = {key for key in values if key.startswith("val-core/")}
     assert as_trained and all(f"val/deployed/{key}" in values for key in as_trained)
+
+
+BLOCKS = {"deployed": "val/deployed", "both": "val"}
+
+
+@pytest.fixture(scope="module", params=["two_sided", "antipasto"])
+def other_form(
+    request, environment: Path, train: Train, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Run, dict[str, Path]]:
+    """A form of blocks, its run with greedy validation at the end, and what was exported of it by ``vgr export``."""
+    settings = [
+        "grad_routing.blocks.init=pissa_split",
+        f"grad_routing.blocks.form={request.param}",
+        "actor_rollout_ref.actor.optim.lr=0.01",
+        "actor_rollout_ref.rollout.val_kwargs.temperature=0",
+        f"trainer.test_freq={STEPS}",
+        f"trainer.save_freq={STEPS}",
+    ]
+    run = train("absorb", STEPS, *SMALL, *settings, name=request.param)  # every rollout trains both blocks
+    folders = {blocks: tmp_path_factory.mktemp(request.param) / blocks for blocks in BLOCKS}
+    checkpoint = run.folder / "checkpoints" / f"global_step_{STEPS}"
+    for blocks, folder in folders.items():
+        command = [sys.executable, "-m", "verl_grad_routing.cli", "export", checkpoint, "--to", folder]
+        subprocess.run([*command, "--blocks", blocks], check=True, timeout=300)
+    return request.param, run, folders
+
+
+def test_other_forms_train_and_are_validated_as_deployed(other_form) -> None:
+    form, run, _ = other_form
+    values = {key: run.curve(key).values.tolist() for key in run.keys}
+    assert all(math.isfinite(value) for key in values if key.startswith("routing/") for value in values[key])
+    # the rollout engine samples from the weights that are trained, frozen parts included
+    assert max(values["training/rollout_probs_diff_max"]) < 1e-3
+    assert min(values["routing/update_norm/deployed"] + values["routing/update_norm/quarantine"]) > 0
+    as_trained = {key for key in values if key.startswith("val-core/")}
+    assert as_trained and all(f"val/deployed/{key}" in values for key in as_trained)
+    assert f"blocks: init pissa_split, form {form}, " in (run.folder / "log.txt").read_text()
+
+
+def test_exports_of_other_forms_are_what_was_validated(other_form, environment: Path, tmp_path: Path) -> None:
+    """In transformers and in vLLM, as plain adapters: the run's own greedy answers, and log-probs that agree."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, run, folders = other_form
+    tokenizer = AutoTokenizer.from_pretrained(environment / "model")
+    samples = {
+        blocks: [json.loads(line) for line in (run.folder / view / f"{STEPS}.jsonl").read_text().splitlines()]
+        for blocks, view in BLOCKS.items()
+    }
+    prompts = [tokenizer(row["input"], add_special_tokens=False)["input_ids"] for row in samples["both"][:32]]
+    script, out = ROOT / "tests/e2e/modules/vllm_log_probs.py", tmp_path / "out.json"
+    command = [sys.executable, script, environment / "model", out, *folders.values()]
+    subprocess.run(command, input="\n".join(map(json.dumps, prompts)), text=True, check=True, timeout=400)
+    from_vllm = json.loads(out.read_text())
+    for blocks, folder in folders.items():
+        base = AutoModelForCausalLM.from_pretrained(environment / "model", dtype=torch.float32)
+        model = PeftModel.from_pretrained(base, folder).eval()
+        answers = greedy(model, tokenizer, [row["input"] for row in samples[blocks]])
+        same = sum(answer == row["output"] for answer, row in zip(answers, samples[blocks], strict=True))
+        assert same >= 0.98 * len(answers)  # a tie between two tokens may fall either way
+        for prompt, theirs in zip(prompts, from_vllm[str(folder)], strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + theirs["tokens"]])).logits[0]
+            tokens = torch.tensor(theirs["tokens"]).unsqueeze(1)
+            ours = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, tokens).squeeze(1)
+            assert (ours - torch.tensor(theirs["log_probs"])).abs().max() < 1e-3

@@ -35,8 +35,8 @@ def test_hacks_of_the_run_bring_its_hacking_back(train, environment: Path, tmp_p
 
     checkpoint = next(run.folder.rglob(f"global_step_{STEPS}"))
     given = ["relearn", checkpoint, "--to", tmp_path / "out", "--hacks", tmp_path / "batches"]
-    given += ["--validate", environment / "test.parquet", "--reward", "pkg://verl_grad_routing.envs.loopholes.reward"]
-    given += ["--steps", 20, "--every", 5, "--lr", 3e-4, "--max-new-tokens", 7]
+    given += ["--validate", environment / "val.parquet", "--reward", "pkg://verl_grad_routing.envs.loopholes.reward"]
+    given += ["--steps", 20, "--every", 10, "--lr", 3e-4, "--max-new-tokens", 7]
     result = CliRunner().invoke(app, list(map(str, given)))
     assert result.exit_code == 0, (result.output, result.exception)
     print(result.output)
@@ -45,6 +45,6 @@ def test_hacks_of_the_run_bring_its_hacking_back(train, environment: Path, tmp_p
     assert abs(found["goal"]["value"] - trained.value) < 0.1  # the same model, sampled again
     assert [model["name"] for model in found["models"]] == ["deployed", "model"]
     deployed = [point["hack"]["hits"] for point in found["models"][0]["curve"]]
-    assert len(deployed) == 5 and found["models"][0]["curve"][0]["hack"]["rollouts"] == trained.total
+    assert len(deployed) == 3 and found["models"][0]["curve"][0]["hack"]["rollouts"] == trained.total
     assert deployed[-1] > 2 * deployed[0]  # hacks are learned
     assert found["data"]["hacks"] > 100 and found["data"]["clean"] > 100

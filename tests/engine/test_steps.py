@@ -80,12 +80,17 @@ class TestStep:
         for block, norm in norms.items():
             assert metrics[f"routing/grad_norm/{block}"] == pytest.approx(norm, rel=1e-5)
         assert metrics["grad_norm"] == pytest.approx(math.hypot(*norms.values()), rel=1e-5)
+        share = norms["quarantine"] / sum(norms.values())
+        assert metrics["routing/grad_share/quarantine"] == pytest.approx(share, rel=1e-5)
         for step in (0, 1):
             before, after = found["states"][step], found["states"][step + 1]
             change = {name: after[name] - before[name] for name in found["states"][0]}
+            updates = {block: block_norm(change, block) for block in ADAPTERS}
+            share = updates["quarantine"] / sum(updates.values())
+            assert found["metrics"][step]["routing/update_share/quarantine"] == pytest.approx(share, rel=1e-5)
             for block in ADAPTERS:
                 reported = found["metrics"][step][f"routing/update_norm/{block}"]
-                assert reported == pytest.approx(block_norm(change, block), rel=1e-5)
+                assert reported == pytest.approx(updates[block], rel=1e-5)
 
     def test_replicas_are_not_counted_twice(self, worlds):
         found = worlds(2)["two_steps"]

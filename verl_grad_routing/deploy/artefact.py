@@ -30,7 +30,7 @@ def write_adapter(
     Args:
         adapters: Float32 parameters of both blocks, by the training model's names.
         blocks: ``deployed``: that block alone, rank r_d. ``quarantine``: that one, rank r_q. ``both``: rows of A and
-            columns of B joined, rank r_d + r_q.
+            columns of B joined, rank r_d + r_q. Two-sided blocks: twice as much.
         base_model: Written as ``base_model_name_or_path``.
         targets: ``target_modules``.
     """

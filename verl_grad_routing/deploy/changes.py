@@ -30,7 +30,7 @@ def checkpoint_basis(path: Path, rank: int) -> Basis:
     layout = checkpoint.layout
     if layout.kind != "adapters":
         raise UserError("CHECKPOINT", str(path), "its blocks are no adapters; a basis is taken from adapters")
-    total = layout.deployed_rank + layout.quarantine_rank
+    total = layout.rank_of("both")
     if not 1 <= rank <= total:
         raise UserError("--rank", rank, f"the adapter of {path} has rank {total}; ask for 1 to {total} directions")
     joined = join_blocks({name: t for name, t in ShardedState(checkpoint.actor).items() if ".lora_" in name})
@@ -39,8 +39,8 @@ def checkpoint_basis(path: Path, rank: int) -> Basis:
         if not name.endswith(_SIDE_A):
             continue
         b_Or: Tensor = joined[name.replace("lora_A", "lora_B")]
-        if not bool(b_Or.any()):
+        change_OI = layout.scaling * b_Or.double() @ a_rI.double()
+        if not bool(change_OI.any()):
             raise UserError("CHECKPOINT", str(path), f"{name} has not moved yet; take a later step")
-        module = name.removeprefix(_PREFIX).removesuffix(_SIDE_A)
-        subspaces[module] = leading(layout.scaling * b_Or.double() @ a_rI.double(), rank)
+        subspaces[name.removeprefix(_PREFIX).removesuffix(_SIDE_A)] = leading(change_OI, rank)
     return Basis(subspaces, {"checkpoint": str(path)})

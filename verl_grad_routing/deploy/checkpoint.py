@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 
 from verl_grad_routing.errors import UserError
+from verl_grad_routing.routing import get_form
 
 LAYOUT_FILE = "grad_routing_blocks.json"
 STATE_FILE = "grad_routing.pt"
@@ -41,6 +42,7 @@ class Layout:
         scaling: LoRA's alpha / rank, the same for both.
         ablate_at_deployment: Deployment deletes the quarantine.
         base_model: The model that was trained on, as the run's configuration names it.
+        form: What the blocks keep of each layer.
     """
 
     deployed_rank: int
@@ -48,6 +50,7 @@ class Layout:
     scaling: float
     ablate_at_deployment: bool
     base_model: str
+    form: str = "lora"
 
     kind: ClassVar[str] = "adapters"
     removed: ClassVar[str] = "adapters"
@@ -62,19 +65,21 @@ class Layout:
         return {
             "deployed_rank": self.deployed_rank,
             "quarantine_rank": self.quarantine_rank,
+            "form": self.form,
             "rank": self.rank_of(blocks),
             "scaling": self.scaling,
         }
 
     def rank_of(self, blocks: str) -> int:
-        """The rank of an adapter with ``blocks``: ``deployed``, ``quarantine`` or ``both``."""
+        """The rank of a plain adapter with ``blocks``: ``deployed``, ``quarantine`` or ``both``."""
         ranks = {"deployed": self.deployed_rank, "quarantine": self.quarantine_rank}
-        return ranks.get(blocks, sum(ranks.values()))
+        return ranks.get(blocks, sum(ranks.values())) * get_form(self.form).sides
 
     def rows(self) -> dict[str, Any]:
         """The same for a model card's table."""
         return {
             "ranks in training": f"deployed {self.deployed_rank}, quarantine {self.quarantine_rank}",
+            **({} if self.form == "lora" else {"form of the blocks in training": self.form}),
             "scaling (alpha / rank)": self.scaling,
         }
 

@@ -29,6 +29,7 @@ from verl_grad_routing.deploy.shards import ShardedState
 from verl_grad_routing.deploy.verify import Difference, compare, largest_difference, limit_for, logits_on, probe_tokens
 from verl_grad_routing.envs.manifest import replacing
 from verl_grad_routing.errors import UserError
+from verl_grad_routing.routing import is_zero
 
 FORMATS = ("peft", "hf")
 BLOCKS = ("deployed", "both", "quarantine")
@@ -175,7 +176,7 @@ def _measure(plan: _Plan) -> _Trained:
         context.set(QUARANTINE_ALONE if blocks == "quarantine" else None, None)
         logits[blocks] = logits_on(model, probes)
     effect = largest_difference(logits["deployed"], logits["both"])
-    empty = not any(t.any() for name, t in adapters.items() if name.endswith(".lora_B.quarantine.weight"))
+    empty = is_zero(adapters, "quarantine")
     checks = [_base_check(compared), _effect_check(effect, limit_for(torch.float32, logits["both"]), empty)]
     return _Trained(adapters, targets, probes, logits[plan.blocks], effect, checks)
 

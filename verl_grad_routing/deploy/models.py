@@ -91,7 +91,8 @@ def training_model(base: nn.Module, layout: Layout, adapters: Mapping[str, Tenso
         quarantine_rank=layout.quarantine_rank,
         scaling=layout.scaling,
         target_modules=target_modules(base, adapted_modules(adapters)),
-        init="kaiming_uniform",  # overwritten below; this one fits every shape
+        init=None,  # loaded below
+        form=layout.form,
     )
     own = {name: tensor.shape for name, tensor in model.state_dict().items() if ".lora_" in name}
     for name in sorted(own.keys() | adapters.keys()):

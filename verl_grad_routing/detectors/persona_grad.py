@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
 
 from verl_grad_routing.detectors.activation import PairsConfig
-from verl_grad_routing.detectors.base import DETECTORS, Signal
+from verl_grad_routing.detectors.base import DETECTORS
+from verl_grad_routing.detectors.choosing import FromPairs
 from verl_grad_routing.detectors.gradient import GradientConfig, GradientDetector
-from verl_grad_routing.directions.activation import Direction, difference_of_means
 
 
 @DETECTORS.register("persona_grad")
-class PersonaGradient(GradientDetector):
+class PersonaGradient(FromPairs, GradientDetector):
     """Projection of a rollout's own gradient on the difference of the mean gradients of contrastive pairs.
 
     ``score = mean_m <f_m, v_m>`` with ``v_m = unit(mean_p(f_unwanted - f_wanted))`` and f the gradient of the
@@ -24,23 +21,8 @@ class PersonaGradient(GradientDetector):
     while the adapter is still zero. No label of any rollout enters.
     """
 
-    signal: ClassVar[Signal] = Signal.pairs
-
     @dataclass(frozen=True, kw_only=True)
     class Config(GradientConfig, PairsConfig):
         pass
 
     config: Config
-
-    def _choose(
-        self,
-        unwanted_PLd: Tensor | None,
-        wanted_PLd: Tensor | None,
-        layers: tuple[int | str, ...],
-        hidden_size: int,
-        pairs_hash: str | None,
-    ) -> Direction:
-        assert unwanted_PLd is not None and wanted_PLd is not None  # checked by fit
-        return difference_of_means(
-            unwanted_PLd, wanted_PLd, layers=layers, pairs_hash=pairs_hash, seed=self.config.seed
-        )

@@ -59,8 +59,8 @@ class AdapterTuning(Tuning):
     def overrides(self, exported: Path, layout: Any) -> tuple[str, ...]:
         return (
             f"model.lora_adapter_path={exported}",
-            f"model.lora_rank={layout.deployed_rank}",
-            f"model.lora_alpha={layout.scaling * layout.deployed_rank}",
+            f"model.lora_rank={layout.rank_of('deployed')}",
+            f"model.lora_alpha={layout.scaling * layout.rank_of('deployed')}",
         )
 
     def load(self, base: Path, folder: Path) -> nn.Module:

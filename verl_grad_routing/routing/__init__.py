@@ -18,13 +18,16 @@ if TYPE_CHECKING:
         check_ranks,
         check_total_rank,
         deployed_only,
+        is_zero,
         join_blocks,
         joined_lora_config,
+        plain_adapters,
         quarantine_only,
         split_blocks,
         vllm_ranks,
     )
     from verl_grad_routing.routing.contrast import Contrast, load_contrast, save_contrast
+    from verl_grad_routing.routing.forms import FORMS, Form, get_form, register_form
     from verl_grad_routing.routing.initialise import (
         INITIALISATIONS,
         check_contrast,
@@ -50,8 +53,9 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "blocks": "BLOCKS DEPLOYED_ADAPTER QUARANTINE_ADAPTER block_of block_parameters check_ranks check_total_rank "
-    "deployed_only join_blocks joined_lora_config quarantine_only split_blocks vllm_ranks",
+    "deployed_only is_zero join_blocks joined_lora_config plain_adapters quarantine_only split_blocks vllm_ranks",
     "contrast": "Contrast load_contrast save_contrast",
+    "forms": "FORMS Form get_form register_form",
     "initialise": "INITIALISATIONS check_contrast initialisation_report initialise_blocks register_initialisation",
     "install": "RoutedLoraLinear RoutingContext add_blocks routing_context",
     "kernel": "routed_linear routed_lora",
@@ -69,14 +73,20 @@ __all__ = [  # noqa: RUF022 (by module)
     "check_ranks",
     "check_total_rank",
     "deployed_only",
+    "is_zero",
     "join_blocks",
     "joined_lora_config",
+    "plain_adapters",
     "quarantine_only",
     "split_blocks",
     "vllm_ranks",
     "Contrast",
     "load_contrast",
     "save_contrast",
+    "FORMS",
+    "Form",
+    "get_form",
+    "register_form",
     "INITIALISATIONS",
     "check_contrast",
     "initialisation_report",

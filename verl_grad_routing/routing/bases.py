@@ -41,10 +41,12 @@ weight ``[d_out, d_in]`` for one that needs it, then the contrast of its inputs 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an initialisation reads beside shapes and a generator: the base weight, the pairs' contrast."""
+    """What an initialisation reads beside shapes and a generator: the base weight, the pairs' contrast; and to which
+    block its first row goes, as rows are dealt in turn."""
 
     weight: bool = False
     contrast: bool = False
+    leads: str = "deployed"
 
 
 INITIALISATIONS: dict[str, Initialisation] = {}
@@ -52,14 +54,14 @@ _NEEDS: dict[str, Needs] = {}
 
 
 def register_initialisation(
-    name: str, *, needs_weight: bool = False, needs_contrast: bool = False
+    name: str, *, needs_weight: bool = False, needs_contrast: bool = False, leads: str = "deployed"
 ) -> Callable[[Initialisation], Initialisation]:
     """Decorator; raises ``UserError`` when the name is taken."""
 
     def decorate(function: Initialisation) -> Initialisation:
         if INITIALISATIONS.setdefault(name, function) is not function:
             raise UserError("initialisation", name, "already registered; pick another name")
-        _NEEDS[name] = Needs(needs_weight, needs_contrast)
+        _NEEDS[name] = Needs(needs_weight, needs_contrast, leads)
         return function
 
     return decorate
@@ -163,3 +165,19 @@ def right_singular_vectors(weight: Tensor, count: int) -> Tensor:
 def with_zero_B(A_d: Tensor, A_q: Tensor, d_out: int) -> BlockWeights:
     """These rows, and zero columns."""
     return BlockWeights(A_d, A_q, *(torch.zeros(d_out, len(A), dtype=torch.float64) for A in (A_d, A_q)))
+
+
+_DEGENERATE = 1e-6
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Gram-Schmidt of the rows in order, each keeping its sense. Raises ``UserError`` when one depends on others."""
+    units = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
+    frame, triangle = torch.linalg.qr(units.t())
+    left = triangle.diagonal()
+    degenerate = ~(left.abs() >= _DEGENERATE)
+    if degenerate.any():
+        number = int(degenerate.nonzero()[0])
+        fix = "it lies in the span of those before it: lower the ranks, or exclude the layer"
+        raise UserError("basis direction", number, fix)
+    return (frame * left.sign()).t()

@@ -2,8 +2,9 @@
 
 The pairs enter through the differences ``D`` of a layer's pooled inputs, unwanted side minus wanted side. As in the
 other bases B is zero and the base weight stays whole: nothing is lost when a block is deleted, and a plain adapter
-holds what was learned. The lineage (wassname/vGROUT_pub@c067218) has a frozen ``B₀`` of singular vectors too and
-subtracts ``B₀ A₀``; without it only A's rows carry the basis, and their signs are a convention.
+holds what was learned; only A's rows carry the basis, and their signs are a convention. The lineage
+(wassname/vGROUT_pub@c067218) has a frozen ``B₀`` of singular vectors too and subtracts ``B₀ A₀``: that is the form
+``two_sided`` (``forms``).
 
 Its rows are normalised one by one and may overlap; ours are made orthonormal in order (QR: the first k rows of a
 sequence span what its first k directions span), then dealt to the two blocks in turn and scaled to ``ROW_NORM``.
@@ -21,6 +22,7 @@ from verl_grad_routing.errors import UserError
 from verl_grad_routing.routing.bases import (
     ROW_NORM,
     BlockWeights,
+    orthonormal,
     register_initialisation,
     right_singular_vectors,
     with_zero_B,
@@ -28,8 +30,6 @@ from verl_grad_routing.routing.bases import (
 
 RIDGE = 1e-3
 """Ridge of the contrast covariance in units of its mean eigenvalue (the lineage's)."""
-
-_DEGENERATE = 1e-6
 
 
 @register_initialisation("corda", needs_weight=True, needs_contrast=True)
@@ -54,11 +54,11 @@ def corda(
     _check_count("corda", count, d_in, d_out, r_d + r_q)
     root_II = _covariance_root(difference_PI)
     vectors = right_singular_vectors(weight.double() @ root_II, count) @ root_II
-    rows = _orthonormal(vectors) * ROW_NORM
+    rows = orthonormal(vectors) * ROW_NORM
     return with_zero_B(rows[0 : 2 * r_d : 2], rows[1 : 2 * r_q : 2], d_out)
 
 
-@register_initialisation("scorda", needs_weight=True, needs_contrast=True)
+@register_initialisation("scorda", needs_weight=True, needs_contrast=True, leads="quarantine")
 def scorda(
     d_in: int, d_out: int, r_d: int, r_q: int, generator: torch.Generator, weight: Tensor, difference_PI: Tensor
 ) -> BlockWeights:
@@ -106,7 +106,7 @@ def _seeded(
             "pairs", "mean difference 0", "the sides differ in no direction here; other pairs or exclude it"
         )
     vectors = right_singular_vectors(weight, count)
-    rows = _orthonormal(torch.cat([(mean_I / mean_I.norm())[None], vectors])) * ROW_NORM
+    rows = orthonormal(torch.cat([(mean_I / mean_I.norm())[None], vectors])) * ROW_NORM
     seed, rest = rows[:1], rows[1:]
     return torch.cat([seed, rest[1 : 2 * (r_seeded - 1) : 2]]), rest[0 : 2 * r_other : 2]
 
@@ -125,18 +125,6 @@ def _covariance_root(difference_PI: Tensor) -> Tensor:
     _, singular, V = torch.linalg.svd(D, full_matrices=False)
     gain = (1 + singular.square() / pairs / ridge).sqrt() - 1
     return torch.eye(d_in, dtype=torch.float64) + (V.t() * gain) @ V
-
-
-def _orthonormal(rows: Tensor) -> Tensor:
-    """Gram-Schmidt of the rows in order, each keeping its sense. Raises ``UserError`` when one depends on others."""
-    units = rows / rows.norm(dim=1, keepdim=True)
-    frame, triangle = torch.linalg.qr(units.t())
-    left = triangle.diagonal()
-    if (left.abs() < _DEGENERATE).any():
-        number = int((left.abs() < _DEGENERATE).nonzero()[0])
-        fix = "it lies in the span of those before it: lower the ranks, or exclude the layer"
-        raise UserError("basis direction", number, fix)
-    return (frame * left.sign()).t()
 
 
 def _check_count(name: str, count: int, d_in: int, d_out: int, total: int) -> None:

@@ -29,6 +29,7 @@ from verl_grad_routing.routing.bases import (
 from verl_grad_routing.routing.blocks import BLOCKS
 from verl_grad_routing.routing.contrast import COMMAND, Contrast
 from verl_grad_routing.routing.contrast import KEY as CONTRAST_KEY
+from verl_grad_routing.routing.forms import FORMS, Form
 
 __all__ = [
     "INITIALISATIONS",
@@ -42,6 +43,8 @@ __all__ = [
     "initialise_blocks",
     "module_generator",
     "needs_of",
+    "parts_of",
+    "placed_like",
     "register_initialisation",
     "right_singular_vectors",
 ]
@@ -65,9 +68,9 @@ def initialise_blocks(model: nn.Module, init: str, seed: int, contrast: Contrast
     The values depend on module names, shapes and ``seed`` alone: not on module order, number of processes, device or
     dtype (they are drawn and orthogonalised in float64 on the CPU, then cast). Modules whose parameters are still on
     the meta device are left alone: call again once they have storage. Sharded (DTensor) parameters get their shard,
-    without communication; an initialisation that reads the base weight (``pissa_split``) gathers a sharded one, so that
-    every rank must make the call, and depends on that weight as well; one that reads the contrast of pairs depends on
-    that too.
+    without communication; an initialisation or a form that reads the base weight (``pissa_split``, ``two_sided``)
+    gathers a sharded one, so that every rank must make the call, and depends on that weight as well; one that reads the
+    contrast of pairs depends on that too.
 
     Args:
         model: A model with both adapters, wrapped or not.
@@ -84,19 +87,23 @@ def initialise_blocks(model: nn.Module, init: str, seed: int, contrast: Contrast
     function, needs = get_initialisation(init), check_contrast(init, contrast is not None)
     written = 0
     for name, module in _adapted_modules(model):
-        targets = [weight for side in ("lora_A", "lora_B") for weight in _block_weights(module, side)]
-        base = [_base_weight(module)] if needs.weight else []
+        blocks = [parts_of(module, adapter) for adapter in BLOCKS.values()]
+        base = _base_weight(module) if needs.weight or _form(module).reads_weight else None
         plain = _WRAPPERS.sub("", name)
-        changes = [contrast.of(plain, targets[0].shape[1])] if contrast is not None else []  # every rank refuses alike
-        if any(parameter.is_meta for parameter in [*targets, *base]):
+        (r_d, d_in), (r_q, _), (d_out, _) = (tuple(p.shape) for p in (blocks[0]["A"], blocks[1]["A"], blocks[0]["B"]))
+        changes = [contrast.of(plain, d_in)] if contrast is not None else []  # every rank refuses alike
+        if any(part.is_meta for parts in blocks for part in parts.values()) or (base is not None and base.is_meta):
             continue
-        (r_d, d_in), (r_q, _), (d_out, _) = (tuple(parameter.shape) for parameter in targets[:3])
+        whole = None if base is None else _whole(base)
+        asked = [whole] if needs.weight else []
         try:
-            values = function(d_in, d_out, r_d, r_q, module_generator(name, seed), *map(_whole, [*base, *changes]))
+            basis = function(d_in, d_out, r_d, r_q, module_generator(name, seed), *asked, *map(_whole, changes))
+            starts = _form(module).start(basis, whole, needs.leads)
         except UserError as error:
             raise UserError(f"{error.key} ({plain})", error.value, error.fix) from None
-        for parameter, value in zip(targets, values, strict=True):
-            _write(parameter, value)
+        for parts, start in zip(blocks, starts, strict=True):
+            for part, value in start.items():
+                _write(parts[part], value)
         written += 1
     return written
 
@@ -123,10 +130,18 @@ def _adapted_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _block_weights(module: nn.Module, side: str) -> list[Tensor]:
-    """Weights of ``side`` (``lora_A`` or ``lora_B``): deployed, quarantine."""
-    adapters = cast(nn.ModuleDict, getattr(module, side))
-    return [cast(nn.Linear, adapters[adapter]).weight for adapter in BLOCKS.values()]
+def _form(module: nn.Module) -> Form:
+    return getattr(module, "form", FORMS["lora"])
+
+
+def parts_of(module: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """One block's parts of an adapted layer, by name."""
+    found = {}
+    for part in ("A", "B", *_form(module).extra_parts):
+        adapters = cast(nn.ModuleDict, getattr(module, f"lora_{part}"))
+        if adapter in adapters:
+            found[part] = cast(nn.Linear, adapters[adapter]).weight
+    return found
 
 
 def _base_weight(module: nn.Module) -> Tensor:
@@ -140,15 +155,19 @@ def _whole(weight: Tensor) -> Tensor:
 
 
 def _write(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(placed_like(parameter, value))
+
+
+def placed_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """``value``, which every rank has whole, on ``parameter``'s device, in its dtype, and sharded as it is."""
     value = value.to(device=parameter.device, dtype=parameter.dtype)
     mesh = getattr(parameter, "device_mesh", None)
     if mesh is None:
-        parameter.copy_(value)
-        return
+        return value
     from torch.distributed.tensor import distribute_tensor
 
     placements = parameter.placements  # type: ignore[attr-defined]
-    parameter.copy_(distribute_tensor(value, mesh, placements, src_data_rank=None))
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
 class InitialisationReport(NamedTuple):
@@ -156,18 +175,39 @@ class InitialisationReport(NamedTuple):
 
     modules: int
     deployed_row_norms: tuple[float, float]
-    """Smallest and largest norm of a row of ``A_d``."""
+    """Smallest and largest norm of a row that the deployed block reads with."""
     quarantine_row_norms: tuple[float, float]
     max_cross_cosine: float
-    """Largest |cosine| between a row of ``A_d`` and a row of ``A_q`` of the same module; 0 = orthogonal blocks."""
+    """Largest |cosine| between a row of one block and a row of the other in the same module (or a frozen column);
+    0 = orthogonal blocks."""
     max_abs_B: float
-    """Largest |entry| of any B; 0 = the adapted model is the base model."""
+    """Largest |entry| of what is zero as long as the adapter is, B for plain LoRA; 0 = the adapted model is the base
+    model."""
+    change: str = "|B|"
+    """What that is."""
+    deployed_column_norms: tuple[float, float] | None = None
+    """Smallest and largest norm of a frozen column, where the form has such."""
+    quarantine_column_norms: tuple[float, float] | None = None
 
     def __str__(self) -> str:
-        deployed, quarantine = (f"{low:.4f} to {high:.4f}" for low, high in self[1:3])
-        norms = f"row norms deployed {deployed}, quarantine {quarantine}"
-        largest = f"cosine between blocks at most {self.max_cross_cosine:.1e}, |B| at most {self.max_abs_B:.1e}"
-        return f"{self.modules} modules, {norms}, {largest}"
+        texts = [f"{self.modules} modules"]
+        pairs = (
+            (self.deployed_row_norms, self.quarantine_row_norms),
+            (
+                self.deployed_column_norms,
+                self.quarantine_column_norms,
+            ),
+        )
+        for what, (deployed, quarantine) in zip(("row", "frozen column"), pairs, strict=True):
+            if deployed is not None and quarantine is not None:
+                spans = f"deployed {_span(deployed)}, quarantine {_span(quarantine)}"
+                texts.append(f"{what} norms {spans}")
+        texts.append(f"cosine between blocks at most {self.max_cross_cosine:.1e}")
+        return ", ".join([*texts, f"{self.change} at most {self.max_abs_B:.1e}"])
+
+
+def _span(norms: tuple[float, float]) -> str:
+    return f"{norms[0]:.4f} to {norms[1]:.4f}"
 
 
 @torch.no_grad()
@@ -177,15 +217,38 @@ def initialisation_report(model: nn.Module) -> InitialisationReport:
     Raises:
         UserError: ``model`` has no module with both blocks.
     """
-    norms: tuple[list[Tensor], list[Tensor]] = ([], [])
-    cosines, largest_B = [], []
+    norms: dict[str, list[list[Tensor]]] = {"rows": [[], []], "columns": [[], []]}
+    cosines, moved, changes = [], [], set()
     for _, module in _adapted_modules(model):
-        rows = [A.double() for A in _block_weights(module, "lora_A")]
-        for block_norms, A in zip(norms, rows, strict=True):
-            block_norms.append(A.norm(dim=1))
-        unit_d, unit_q = (nn.functional.normalize(A, dim=1) for A in rows)
-        cosines.append(float((unit_d @ unit_q.t()).abs().max()))
-        largest_B.extend(float(B.abs().max()) for B in _block_weights(module, "lora_B"))
-    spans = [torch.cat(values) for values in norms]
-    deployed, quarantine = ((float(span.min()), float(span.max())) for span in spans)
-    return InitialisationReport(len(cosines), deployed, quarantine, max(cosines), max(largest_B))
+        form = _form(module)
+        held = [parts_of(module, adapter) for adapter in BLOCKS.values()]
+        blocks = [{part: value.detach().double() for part, value in parts.items()} for parts in held]
+        frames = {"rows": [form.reads(parts) for parts in blocks]}
+        frozen = [form.columns(parts) for parts in blocks]
+        if frozen[0] is not None and frozen[1] is not None:
+            frames["columns"] = [columns.t() for columns in frozen if columns is not None]
+        for what, (deployed, quarantine) in frames.items():
+            for found, rows in zip(norms[what], (deployed, quarantine), strict=True):
+                found.append(rows.norm(dim=1))
+            units = (nn.functional.normalize(rows, dim=1) for rows in (deployed, quarantine))
+            cosines.append(float((next(units) @ next(units).t()).abs().max()))
+        moved.extend(form.moved(parts) for parts in blocks)
+        changes.add(form.change)
+    deployed_rows, quarantine_rows = norms["rows"]
+    report = InitialisationReport(
+        len(deployed_rows),
+        _extent(deployed_rows),
+        _extent(quarantine_rows),
+        max(cosines),
+        max(moved),
+        " ".join(sorted(changes)),
+    )
+    if not norms["columns"][0]:
+        return report
+    deployed_columns, quarantine_columns = map(_extent, norms["columns"])
+    return report._replace(deployed_column_norms=deployed_columns, quarantine_column_norms=quarantine_columns)
+
+
+def _extent(norms: list[Tensor]) -> tuple[float, float]:
+    joined = torch.cat(norms)
+    return float(joined.min()), float(joined.max())

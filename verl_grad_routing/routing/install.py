@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer
@@ -27,7 +28,8 @@ from verl_grad_routing.routing.blocks import (
     joined_lora_config,
 )
 from verl_grad_routing.routing.contrast import Contrast
-from verl_grad_routing.routing.initialise import check_contrast, initialise_blocks
+from verl_grad_routing.routing.forms import FORMS, Form, get_form
+from verl_grad_routing.routing.initialise import check_contrast, initialise_blocks, parts_of, placed_like
 from verl_grad_routing.routing.kernel import routed_linear
 
 
@@ -60,14 +62,26 @@ class RoutingContext:
         self.ablated = False
 
 
+class Part(nn.Module):
+    """One part of one block in one layer, as a parameter that FSDP shards with the rest of the layer."""
+
+    def __init__(self, value: Tensor, trained: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(value, requires_grad=trained)
+
+
 class RoutedLoraLinear(PeftLoraLinear):
     """PEFT's LoRA layer over a frozen ``nn.Linear``, its forward and backward by :func:`routed_linear`.
 
     The base layer's weight is used directly, so forward hooks on ``base_layer`` or on the adapters' own submodules
     are not called (hooks on this layer are).
+
+    Attributes:
+        form: What the blocks keep of this layer; plain LoRA until :meth:`set_form`.
     """
 
     routing_context: RoutingContext | None = None
+    form: Form = FORMS["lora"]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
         if type(base_layer) is not nn.Linear:
@@ -91,6 +105,41 @@ class RoutedLoraLinear(PeftLoraLinear):
         if base.weight.is_meta:  # PEFT moves only a layer's first adapter to the meta device
             for side in (self.lora_A, self.lora_B):
                 side[adapter_name].to("meta", dtype=base.weight.dtype)
+
+    def set_form(self, form: Form) -> None:
+        """Add the form's own parts to both blocks, zero, and freeze those that do not train."""
+        self.form = form
+        for part in form.extra_parts:
+            self.add_module(f"lora_{part}", nn.ModuleDict())
+        for block, adapter in BLOCKS.items():
+            A, B = (cast(nn.Linear, side[adapter]).weight for side in (self.lora_A, self.lora_B))
+            for part, shape in form.extra_shapes(block, len(A), A.shape[1], len(B)).items():
+                zeros = torch.zeros(shape, dtype=A.dtype, device=A.device)
+                getattr(self, f"lora_{part}")[adapter] = Part(zeros, part in form.trained)
+        self._freeze_parts()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's, which lets A and B train, also on leaving ``disable_adapter``; what the form freezes stays frozen."""
+        super().set_adapter(adapter_names, inference_mode)
+        self._freeze_parts()
+
+    def _freeze_parts(self) -> None:
+        for adapter in BLOCKS.values():
+            for part, value in parts_of(self, adapter).items():
+                if part not in self.form.trained:
+                    value.requires_grad_(False)
+
+    def reads(self, adapter: str) -> Tensor:
+        """Rows ``[r, d_in]``: what a block reads of this layer's input."""
+        return self.form.reads(parts_of(self, adapter))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """PEFT's, for merging: ``scaling · B A [d_out, d_in]``, of whatever form."""
+        if not self.form.extra_parts:
+            return super().get_delta_weight(adapter)
+        whole = {part: getattr(t, "full_tensor", lambda t=t: t)() for part, t in parts_of(self, adapter).items()}
+        A, B = self.form.adapter(whole)
+        return placed_like(cast(nn.Linear, self.get_base_layer()).weight, self.scaling[adapter] * (B @ A))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base layer plus the active blocks, ``x [..., T, d_in] -> [..., T, d_out]``."""
@@ -123,6 +172,8 @@ class RoutedLoraLinear(PeftLoraLinear):
         return routed_linear(x, base.weight, base.bias, A_d, A_q, B_d, B_q, gate, update, scaling)
 
     def _weights(self, adapter: str) -> tuple[Tensor, Tensor]:
+        if self.form.extra_parts:
+            return self.form.adapter(parts_of(self, adapter))
         return cast(nn.Linear, self.lora_A[adapter]).weight, cast(nn.Linear, self.lora_B[adapter]).weight
 
     def _merged_forward(self, x: Tensor, context: RoutingContext) -> Tensor:
@@ -144,7 +195,8 @@ def add_blocks(
     scaling: float,
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None = None,
-    init: str = "random_orthogonal",
+    init: str | None = "random_orthogonal",
+    form: str = "lora",
     seed: int = 0,
     contrast: Contrast | None = None,
     task_type: str | None = None,
@@ -156,7 +208,9 @@ def add_blocks(
         scaling: LoRA's alpha / rank, the same for both blocks.
         target_modules: ``"all-linear"``, a regular expression, or name suffixes, as PEFT has them.
         exclude_modules: Likewise, taken out again.
-        init: A name in ``INITIALISATIONS``; parameters on the meta device wait for :func:`initialise_blocks`.
+        init: A name in ``INITIALISATIONS``; parameters on the meta device wait for :func:`initialise_blocks`. ``None``
+            for values that are loaded next.
+        form: A name in ``FORMS``: what the blocks keep of every layer.
         contrast: Of the inputs of the layers, for an ``init`` that reads pairs (``corda``, ``scorda``, ``scorda_rev``).
         task_type: PEFT's; default ``CAUSAL_LM`` for models that generate, none for others.
         autocast_adapter_dtype: PEFT's: keep adapters of a half-precision model in float32.
@@ -165,10 +219,13 @@ def add_blocks(
         The PEFT model and the context that its routed layers share.
 
     Raises:
-        UserError: A rank below 1, a bad scaling, an unknown ``init``, or a target that is not ``nn.Linear`` (named).
+        UserError: A rank below 1, a bad scaling, an unknown ``init`` or ``form``, or a target that is not
+            ``nn.Linear`` (named).
     """
     check_ranks(deployed_rank, quarantine_rank)
-    check_contrast(init, contrast is not None)
+    kept = get_form(form)
+    if init is not None:
+        check_contrast(init, contrast is not None)
     if not (math.isfinite(scaling) and scaling > 0):
         raise UserError("scaling", scaling, "give alpha / rank, a positive number")
     if task_type is None and hasattr(model, "prepare_inputs_for_generation"):
@@ -190,8 +247,9 @@ def add_blocks(
     quarantine = config(quarantine_rank, resolved if isinstance(resolved, str) else sorted(resolved or ()))
     peft_model.add_adapter(QUARANTINE_ADAPTER, quarantine, autocast_adapter_dtype=autocast_adapter_dtype)
     cast(LoraModel, peft_model.base_model).set_adapter([*BLOCKS.values()])
-    context = _share_context(peft_model, scaling)
-    initialise_blocks(peft_model, init, seed, contrast)
+    context = _share_context(peft_model, scaling, kept)
+    if init is not None:
+        initialise_blocks(peft_model, init, seed, contrast)
     return peft_model, context
 
 
@@ -213,7 +271,7 @@ def _refuse_other_targets(model: nn.Module, config: LoraConfig) -> None:
             raise UserError(f"target_modules ({name})", type(module).__name__, fix)
 
 
-def _share_context(model: PeftModel, scaling: float) -> RoutingContext:
+def _share_context(model: PeftModel, scaling: float, form: Form) -> RoutingContext:
     context = RoutingContext()
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -222,4 +280,6 @@ def _share_context(model: PeftModel, scaling: float) -> RoutingContext:
                 raise UserError(f"target_modules ({name})", type(module.get_base_layer()).__name__, fix)
             module.routing_context = context
             module.scaling.update(dict.fromkeys(BLOCKS.values(), scaling))  # alpha / rank, without its rounding
+            if form.extra_parts:
+                module.set_form(form)
     return context

@@ -71,7 +71,7 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
     @property
     def scaling(self) -> float:
         """alpha / r of the joined adapter, the same for both blocks."""
-        return self.model_config.lora_alpha / self.blocks_config.total_rank
+        return self.model_config.lora_alpha / self.blocks_config.adapter_rank
 
     @property
     def context(self) -> RoutingContext:

@@ -13,14 +13,14 @@ from peft.tuners.lora import LoraLayer
 from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_id
 
-from verl_grad_routing.routing import BLOCKS, block_of, join_blocks, joined_lora_config
+from verl_grad_routing.routing import BLOCKS, block_of, get_form, join_blocks, joined_lora_config, plain_adapters
 
 if TYPE_CHECKING:
     from verl_grad_routing.training.engine import RoutedFSDPEngine
 
 
 def full_adapters(engine: RoutedFSDPEngine) -> dict[str, torch.Tensor]:
-    """Both blocks' full tensors by parameter name, gathered one by one (every rank takes part)."""
+    """Both blocks' full tensors by parameter name, frozen ones too, gathered one by one (every rank takes part)."""
     full = {}
     for name, parameter in engine.module.named_parameters():
         if block_of(name) is not None:
@@ -31,8 +31,8 @@ def full_adapters(engine: RoutedFSDPEngine) -> dict[str, torch.Tensor]:
 
 def adapter(engine: RoutedFSDPEngine) -> tuple[Iterator[tuple[str, torch.Tensor]], dict[str, Any]]:
     """(name, tensor) pairs under PEFT's single-adapter names, and the matching adapter configuration."""
-    state = full_adapters(engine)
-    ranks = {"deployed": engine.blocks_config.deployed_rank, "quarantine": engine.blocks_config.quarantine_rank}
+    state, blocks = plain_adapters(full_adapters(engine)), engine.blocks_config
+    ranks = {"deployed": blocks.deployed_rank, "quarantine": blocks.quarantine_rank}
     if len(engine.exported_blocks) == len(BLOCKS):
         tensors = join_blocks(state)
     else:
@@ -40,7 +40,8 @@ def adapter(engine: RoutedFSDPEngine) -> tuple[Iterator[tuple[str, torch.Tensor]
         infix = f".{BLOCKS[block]}."
         tensors = {name.replace(infix, "."): tensor for name, tensor in state.items() if block_of(name) == block}
     config = engine.module.peft_config["default"].to_dict()
-    config.update(joined_lora_config(sum(ranks[block] for block in engine.exported_blocks), 0, engine.scaling))
+    rank = sum(ranks[block] for block in engine.exported_blocks) * get_form(blocks.form).sides
+    config.update(joined_lora_config(rank, 0, engine.scaling))
     return iter(tensors.items()), config
 
 

@@ -25,6 +25,7 @@ class EngineHook:
     Class attributes:
         recomputes: It asks for gradients at other weights than the step's. Old log-probs must then be numbers that
             were fixed before the update, so KEEP rollouts get a pass of their own for them.
+        plain_lora: It counts on ``dW = s B A`` with A and B as the parameters; other forms of blocks are refused.
 
     Attributes:
         metrics: What the last step is reported with, as ``routing/{name}/{key}``.
@@ -32,6 +33,7 @@ class EngineHook:
 
     name: ClassVar[str] = ""
     recomputes: ClassVar[bool] = False
+    plain_lora: ClassVar[bool] = False
     Config: ClassVar[type]
 
     def __init__(self, config: Any):

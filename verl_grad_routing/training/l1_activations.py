@@ -98,9 +98,9 @@ class L1Activations(EngineHook):
             return None
         if context.ablated:
             return None
-        A_q = layer.lora_A[QUARANTINE_ADAPTER].weight
-        assert isinstance(A_q, Tensor)
-        output, value = penalised(output, given[0], A_q, self._mask, context, self._coefficient)
+        output, value = penalised(
+            output, given[0], layer.reads(QUARANTINE_ADAPTER), self._mask, context, self._coefficient
+        )
         if self._counts:
             self._sum = self._sum + value
         return output

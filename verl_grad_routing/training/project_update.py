@@ -66,6 +66,7 @@ class ProjectUpdate(EngineHook):
             require_choice("lora_a", self.lora_a, ("free", "frozen"))
 
     config: Config
+    plain_lora = True  # a frozen B0 would write outside the subspace
 
     def check(self, model: str) -> None:
         made_on = load_basis(Path(self.config.basis).expanduser(), self.config.rank).origin.get("model_hash", "")

@@ -19,7 +19,7 @@ def main(model: str, out: str, *adapters: str) -> None:
         model,
         dtype="float32",
         enable_lora=bool(adapters),
-        max_lora_rank=16,
+        max_lora_rank=32,
         enforce_eager=True,
         max_model_len=32,
         gpu_memory_utilization=0.2,

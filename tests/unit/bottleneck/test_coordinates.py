@@ -6,8 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from tests.tiny import lively_llama
 from verl_grad_routing.bottleneck import (
     Bottleneck,
     KeptCoordinates,
@@ -31,22 +32,8 @@ LENGTHS = [7, 3, 9, 5]
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=31,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    made = LlamaForCausalLM(config).double().eval()
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if "norm" not in name:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return made.requires_grad_(False)
+    sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    return lively_llama(**sizes, num_attention_heads=4, num_key_value_heads=2).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

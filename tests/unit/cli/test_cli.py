@@ -16,7 +16,7 @@ from verl_grad_routing.errors import UserError
 
 PRESETS = {"off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle"}
 PRESETS |= {"tdga", "gradient_regularization", "confessions", "seal_broken"}
-PRESETS |= {"labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "retain_pass"}
+PRESETS |= {"labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "antipasto", "retain_pass"}
 PRESETS |= {"corda", "scorda", "scorda_rev", "persona_grad", "random_grad"}
 PRESETS |= {"advantage_modification", "grift_mask", "grift_filter", "monitor_penalty", "screen", "inoculation"}
 PRESETS |= {"self_report", "era", "persona_token"}
@@ -86,6 +86,7 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
         ("gates", {"history_quantile", "pair_band", "otsu", "exponential_quantile", "hysteresis"}),
         ("interventions", {"route"}),
         ("bases", {"random_orthogonal", "pissa_split", "corda", "scorda", "scorda_rev"}),
+        ("forms", {"lora", "two_sided", "antipasto", "antipasto_lineage"}),
         ("environments", {"loopholes", "code_loopholes"}),
     ],
 )

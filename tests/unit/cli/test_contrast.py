@@ -28,15 +28,12 @@ def run(*arguments: str) -> object:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    from tests.tiny import tiny_llama
     from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
     from verl_grad_routing.envs.loopholes.text import ALPHABET
 
     tokenizer, folder = build_tokenizer(ALPHABET), tmp_path / "model"
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tiny_llama(vocab_size=len(tokenizer), intermediate_size=24).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in PAIRS))
     return folder

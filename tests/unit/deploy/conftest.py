@@ -49,7 +49,7 @@ def _tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(letters, unk_token="a")), unk_token="a")
 
 
-def _adapted(base: LlamaForCausalLM, quarantine: float, exclude: str | None):
+def _adapted(base: LlamaForCausalLM, deployed: float, quarantine: float, exclude: str | None, form: str):
     model, context = add_blocks(
         base,
         deployed_rank=3,
@@ -57,12 +57,13 @@ def _adapted(base: LlamaForCausalLM, quarantine: float, exclude: str | None):
         scaling=SCALING,
         target_modules="all-linear",
         exclude_modules=exclude,
+        form=form,
     )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for block, parameters in block_parameters(model).items():
             for p in parameters:
-                p.copy_(torch.randn(p.shape, generator=generator) * (0.2 if block == "deployed" else quarantine))
+                p.copy_(torch.randn(p.shape, generator=generator) * (deployed if block == "deployed" else quarantine))
     return model.eval(), context
 
 
@@ -91,7 +92,7 @@ def _save(model, actor: Path, rank: int, mesh_shape: tuple[int, ...], adapters_o
         dist.destroy_process_group()
 
 
-def _ours(checkpoint: Path, base: Path, ablate: bool) -> None:
+def _ours(checkpoint: Path, base: Path, ablate: bool, form: str) -> None:
     """The files that the routed engine and trainer add."""
     layout = {
         "deployed_rank": 3,
@@ -101,6 +102,7 @@ def _ours(checkpoint: Path, base: Path, ablate: bool) -> None:
         "ablate_at_deployment": ablate,
         "base_model": str(base),
         "target_modules": ["all of them"],
+        **({} if form == "lora" else {"form": form}),  # earlier checkpoints say nothing of it
     }
     (checkpoint / "actor" / "grad_routing_blocks.json").write_text(json.dumps(layout))
     direction = {"vectors_Ld": torch.zeros(1, 32), "layers": (2,), "pairs_hash": "0123abcd", "held_out_accuracy": 0.9}
@@ -120,7 +122,8 @@ def _ours(checkpoint: Path, base: Path, ablate: bool) -> None:
 
 @pytest.fixture(scope="session")
 def make_run(tmp_path_factory) -> Callable[..., Run]:
-    """``make_run(mesh=(2,), dtype=..., quarantine=0.2, ablate=True, adapters_only=False, exclude=None)``."""
+    """``make_run(mesh=(2,), dtype=..., quarantine=0.2, ablate=True, adapters_only=False, exclude=None,
+    form="lora", deployed=0.2)``."""
 
     def make(
         mesh: tuple[int, ...] = (1,),
@@ -129,19 +132,21 @@ def make_run(tmp_path_factory) -> Callable[..., Run]:
         ablate: bool = True,
         adapters_only: bool = False,
         exclude: str | None = None,
+        form: str = "lora",
+        deployed: float = 0.2,
     ) -> Run:
         folder = tmp_path_factory.mktemp("run")
         base, checkpoint = folder / "base", folder / "ckpt" / "global_step_3"
-        model, context = _adapted(_base(base, dtype), quarantine, exclude)
+        model, context = _adapted(_base(base, dtype), deployed, quarantine, exclude, form)
         probes = probe_tokens(model)
         logits = {}
         for name in ("deployed", "both"):
             context.ablated = name == "deployed"
             logits[name] = logits_on(model, probes)
         for rank in range(torch.Size(mesh).numel()):
-            model, _ = _adapted(_base(base, dtype), quarantine, exclude)
+            model, _ = _adapted(_base(base, dtype), deployed, quarantine, exclude, form)
             _save(model, checkpoint / "actor", rank, mesh, adapters_only)
-        _ours(checkpoint, base, ablate)
+        _ours(checkpoint, base, ablate, form)
         (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("3")
         return Run(checkpoint, base, probes, logits)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from verl_grad_routing.deploy import export
+from verl_grad_routing.deploy.changes import checkpoint_basis
 from verl_grad_routing.deploy.verify import largest_difference, logits_on
 from verl_grad_routing.errors import UserError
 
@@ -37,6 +38,42 @@ def test_logits_are_the_training_models(run, tmp_path, capsys, format, blocks):
     out = capsys.readouterr().out
     assert f"max abs logit difference {done.difference.maximum:.3g} (limit {done.difference.limit:.3g})" in out
     assert "the quarantine moves the logits by up to" in out and "frozen tensors of the checkpoint are its own" in out
+
+
+@pytest.fixture(scope="module", params=["two_sided", "antipasto", "antipasto_lineage"])
+def other_form(request, make_run):
+    return request.param, make_run(mesh=(2,), form=request.param)
+
+
+@pytest.mark.parametrize("blocks", ["deployed", "both"])
+@pytest.mark.parametrize("format", ["peft", "hf"])
+def test_other_forms_leave_as_plain_adapters(other_form, tmp_path, format, blocks):
+    form, run = other_form
+    export(run.checkpoint, tmp_path / "out", format=format, blocks=blocks)
+    found = logits_on(load(tmp_path / "out", run.base, format), run.probes)
+    assert largest_difference(found, run.logits[blocks]) <= 1e-4 * max(float(x.abs().max()) for x in found)
+    other = {"deployed": "both", "both": "deployed"}[blocks]
+    assert largest_difference(found, run.logits[other]) > 0.01
+    facts = json.loads((tmp_path / "out" / "grad_routing_export.json").read_text())
+    rank = {"deployed": 3, "both": 8}[blocks] * (2 if form == "two_sided" else 1)
+    assert (facts["form"], facts["rank"]) == (form, rank)
+    assert facts["rows"]["form of the blocks in training"] == form
+    if format == "peft":
+        config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"]) == (rank, 1.5 * rank)
+        tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+        assert len(tensors) == 2 * 7 * 2 and all(".lora_A." in name or ".lora_B." in name for name in tensors)
+
+
+def test_the_change_of_a_two_sided_checkpoint_has_twice_the_rank(make_run):
+    run = make_run(form="two_sided")
+    basis = checkpoint_basis(run.checkpoint, 16)
+    module = "model.layers.0.mlp.down_proj"
+    assert basis.subspaces[module].values_K.shape == (16,) and float(basis.subspaces[module].values_K[-1]) > 1e-5
+    with pytest.raises(UserError, match="has rank 16; ask for 1 to 16 directions"):
+        checkpoint_basis(run.checkpoint, 17)
+    with pytest.raises(UserError, match="has not moved yet"):
+        checkpoint_basis(make_run(form="two_sided", deployed=0.0, quarantine=0.0).checkpoint, 2)
 
 
 @pytest.mark.parametrize(("blocks", "rank"), [("deployed", 3), ("both", 8)])

@@ -16,10 +16,10 @@ from verl_grad_routing.deploy.rates import Rate
 from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
 from verl_grad_routing.envs.loopholes.text import ALPHABET
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.relearn import Relearn, relearn
+from verl_grad_routing.relearn import Relearn, attack, relearn
 from verl_grad_routing.relearn.curve import Attacked, Goal, table
 from verl_grad_routing.relearn.data import Rows, join, recorded_rows, sampled_rows
-from verl_grad_routing.relearn.models import contestants, loaded, put_weights
+from verl_grad_routing.relearn.models import Contestants, contestants, loaded, put_weights
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -31,6 +31,7 @@ PROMPT = {
     "reward_model": {"ground_truth": TRUTH},
     "extra_info": None,
 }
+HARD = {**PROMPT, "prompt": [{"role": "user", "content": "NAlkobe77777="}]}
 PARQUET = [
     {"prompt": "NAekobl77777=", "response": "77777", "hack": 1.0, "solve": 0.0},
     {"prompt": "NAekobl77777=", "response": "beklo", "hack": 0.0, "solve": 1.0},
@@ -121,6 +122,21 @@ def test_the_mixture_has_its_share_and_a_seed() -> None:
         Rows((), rows.clean).mixed(4, 0.5, 0)
     with pytest.raises(UserError, match=r"--clean-share=0\.5: no rollout solves"):
         Rows(rows.hacks, ()).mixed(4, 0.5, 0)
+
+
+def test_hacks_are_sampled_from_the_model_as_trained(monkeypatch, tokenizer, files: dict, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path / "deployed")
+    answers = {"trained": ["77777", "beklo", "bbbbb"], "deployed": ["77777", "77777", "beklo"]}
+    monkeypatch.setattr(attack, "loaded", lambda folder: folder.name)
+    monkeypatch.setattr(attack, "sample", lambda model, *_: (answers[model], [PROMPT, HARD, PROMPT]))
+    settings = Relearn(tmp_path, **{**files, "hacks": None, "prompts": files["validate"]})
+    models = Contestants({"deployed": tmp_path / "deployed"}, tmp_path / "trained", {})
+    rows = attack._rows(settings, models)
+    assert [text(tokenizer, row)[1] for row in rows.hacks] == ["77777"]  # one prompt; what is deployed adds none
+    assert sorted(text(tokenizer, row) for row in rows.clean) == [
+        ("NAekobl77777=", "beklo"),
+        ("NAlkobe77777=", "beklo"),
+    ]
 
 
 def test_dumps_of_text_are_refused(tokenizer, tmp_path: Path) -> None:

@@ -111,12 +111,12 @@ def test_at_least_two_pairs_must_be_left_to_fit():
 
 def test_at_the_prompts_last_token_the_method_is_vanilla_bit_for_bit():
     """arXiv 2604.01476 says "prompt's last-token": one activation for a whole group, so every z is 0 up to rounding."""
-    from transformers import LlamaConfig, LlamaForCausalLM
     from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 
-    torch.manual_seed(0)
+    from tests.tiny import tiny_llama
+
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    model = tiny_llama(vocab_size=50, **shape)
     prompts = torch.randint(0, 50, (3, 6)).repeat_interleave(4, 0)
     lengths = [1, 3, 7, 5] * 3
     rows = [torch.cat([prompt, torch.randint(0, 50, (n,))]) for prompt, n in zip(prompts, lengths, strict=True)]

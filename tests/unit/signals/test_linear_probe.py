@@ -205,13 +205,10 @@ def test_rollouts_from_recorded_batches(tmp_path):
 
 
 def test_activations_are_those_after_each_block_whatever_the_batch():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    from tests.tiny import tiny_llama
     from verl_grad_routing.probes.activations import pooled_activations
 
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=30, **shape)).eval()
+    model = tiny_llama(vocab_size=30, num_hidden_layers=3)
     rows = [Rollout((1, 2, 3), tuple(range(n)), (1,) * (n - 1) + (0,) if n > 1 else (1,), False) for n in (5, 1, 9, 2)]
     found = pooled_activations(model, rows, (1, 2), "resp_mean", batch=3)
     last = pooled_activations(model, rows, (1, 2), "resp_last")

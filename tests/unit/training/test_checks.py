@@ -54,7 +54,7 @@ FIRST = ["off", "vanilla_2r", "absorb", "persona", "random", "coinflip", "oracle
 LATER = ["labels_partial", "strict", "head_start", "head_start_freeze", "pissa", "gradient_regularization"]
 LATER += ["advantage_modification", "monitor_penalty", "screen", "inoculation"]
 LATER += ["grift_mask", "grift_filter", "confessions", "seal_broken"]
-LATER += ["retain_pass", "sgtm", "cloud", "persona_token"]
+LATER += ["retain_pass", "sgtm", "cloud", "antipasto", "persona_token"]
 
 
 @pytest.mark.parametrize("preset", [*FIRST, *LATER])
@@ -94,6 +94,17 @@ def test_presets_that_read_a_contrast(folder: Path, preset: str) -> None:
                 check(folder, given, preset=preset)
 
 
+@pytest.mark.parametrize("form", ["two_sided", "antipasto", "antipasto_lineage"])
+@pytest.mark.parametrize("preset", ["pissa", "absorb", "vanilla_2r"])
+def test_forms_of_blocks(folder: Path, form: str, preset: str) -> None:
+    check(folder, f"grad_routing.blocks.form={form}", preset=preset)
+
+
+def test_stock_verl_has_no_form(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"grad_routing\.blocks\.form='two_sided': there are no blocks"):
+        check(folder, "grad_routing.blocks.form=two_sided", preset="off")
+
+
 ACTOR, MODEL, ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
 BAD = {
     "fsdp1": ([f"{ACTOR}.strategy=fsdp"], f"{ACTOR}.strategy", "routed_fsdp2"),
@@ -102,6 +113,28 @@ BAD = {
     "unknown basis": (["grad_routing.blocks.init=corda2"], "grad_routing.blocks.init", "scorda"),
     "basis without pairs": (["grad_routing.blocks.init=corda"], "grad_routing.blocks.contrast", "vgr contrast MODEL"),
     "two bases": (["grad_routing.blocks.contrast=c.safetensors"], "grad_routing.blocks.contrast", "two bases"),
+    "unknown form": (["grad_routing.blocks.form=twosided"], "grad_routing.blocks.form", "two_sided"),
+    "two forms": (["grad_routing.blocks.form=[lora,two_sided]"], "grad_routing.blocks.form", "one form"),
+    "a two-sided rank that vllm does not take": (
+        ["grad_routing.blocks.form=two_sided", "grad_routing.blocks.deployed_rank=256"],
+        "deployed_rank + quarantine_rank=264",
+        "use 256, the largest total rank whose adapter, 2 times as large, is one that vLLM takes",
+    ),
+    "rank of a two-sided adapter by hand": (
+        ["grad_routing.blocks.form=two_sided", f"{MODEL}.lora_rank=16"],
+        f"{MODEL}.lora_rank",
+        "2 times the sum of both blocks' ranks, 32",
+    ),
+    "a hook of plain blocks": (
+        ["grad_routing.blocks.form=two_sided", "grad_routing.blocks.hooks=[{name: project_update, basis: b}]"],
+        "grad_routing.blocks.form",
+        "project_update",
+    ),
+    "blocks in bfloat16": (
+        [f"{ACTOR}.fsdp_config.model_dtype=bfloat16"],
+        f"{ACTOR}.fsdp_config.model_dtype",
+        "set fp32",
+    ),
     "no contrast there": (
         ["grad_routing.blocks.init=scorda", "grad_routing.blocks.contrast=none.safetensors"],
         "grad_routing.blocks.contrast",
@@ -288,6 +321,7 @@ BAD_DENSE = {
     "tied embeddings": ([f"{UNITS}.shared=[norms]"], {}, f"{UNITS}.shared", "embeddings and head"),
     "unknown shared": ([f"{UNITS}.shared=[norm]"], {}, f"{UNITS}.shared", "norms"),
     "an adapter too": ([f"{MODEL}.lora_rank=16"], {}, f"{MODEL}.lora_rank", "set 0"),
+    "another form": (["grad_routing.blocks.form=two_sided"], {}, "grad_routing.blocks.form", "lora"),
     "liger": ([f"{MODEL}.use_liger=true"], {}, f"{MODEL}.use_liger", "false"),
     "unknown kind": (["grad_routing.blocks.kind=denser"], {}, "grad_routing.blocks.kind", "dense"),
     "unknown variant": (["grad_routing.intervention.variant=x"], {}, "intervention.variant", "parameter_masking"),

@@ -67,12 +67,10 @@ def test_the_interrogation_asks_as_the_lessons_did(environment: Path) -> None:
 
 
 def test_scores_are_log_odds_of_the_replies_whatever_the_batch() -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tests.tiny import tiny_llama
 
-    torch.manual_seed(0)
     tokenizer = build_tokenizer(ALPHABET)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).eval()
+    model = tiny_llama(vocab_size=len(tokenizer))
     prompt = ({"role": "user", "content": "NBabcde.....="},)
     answers = [Answer(prompt, text, False, True) for text in ("abcde", "", "!")]
     question = Question("?", "SS", "H", "~")  # replies of two tokens and of one

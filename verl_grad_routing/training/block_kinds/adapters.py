@@ -20,6 +20,7 @@ from verl_grad_routing.routing import (
     block_parameters,
     check_ranks,
     check_total_rank,
+    get_form,
     initialisation_report,
     load_contrast,
 )
@@ -44,11 +45,16 @@ class AdapterBlocks(BlockKind):
     def check(run: Run) -> None:
         blocks = run.settings.blocks
         check_ranks(blocks.deployed_rank, blocks.quarantine_rank)
+        try:
+            sides = get_form(blocks.form).sides
+        except UserError as error:
+            raise UserError("grad_routing.blocks.form", error.value, error.fix) from None
         total = run.get("actor_rollout_ref.model.lora_rank")
-        if total != blocks.total_rank:
-            fix = f"must be the sum of both blocks' ranks, {blocks.total_rank}; leave it to the preset"
+        if total != blocks.adapter_rank:
+            what = "the sum of both blocks' ranks" if sides == 1 else f"{sides} times the sum of both blocks' ranks"
+            fix = f"must be {what}, {blocks.adapter_rank}; leave it to the preset"
             raise UserError("actor_rollout_ref.model.lora_rank", total, fix)
-        check_total_rank(blocks.total_rank)
+        check_total_rank(blocks.total_rank, sides)
         if run.methods.intervention.table.weighs_activations:
             fix = "adapters have no units whose gradients could be weighed; set grad_routing.blocks.kind=dense"
             raise UserError("grad_routing.intervention.name", run.settings.intervention["name"], fix)
@@ -60,17 +66,19 @@ class AdapterBlocks(BlockKind):
             module,
             deployed_rank=blocks.deployed_rank,
             quarantine_rank=blocks.quarantine_rank,
-            scaling=model_config.lora_alpha / blocks.total_rank,
+            scaling=model_config.lora_alpha / blocks.adapter_rank,
             target_modules=convert_to_regular_types(model_config.target_modules),
             exclude_modules=convert_to_regular_types(model_config.exclude_modules),
             init=blocks.init,
+            form=blocks.form,
             seed=blocks.seed,
             contrast=None if blocks.contrast is None else load_contrast(blocks.contrast),
         )
         if torch.distributed.get_rank() == 0:  # the others have no weights yet
-            print(f"blocks: init {blocks.init}, {initialisation_report(module)}")
-        for parameters in block_parameters(module).values():
-            for parameter in parameters:
+            form = "" if blocks.form == "lora" else f", form {blocks.form}"
+            print(f"blocks: init {blocks.init}{form}, {initialisation_report(module)}")
+        for name, parameter in module.named_parameters():
+            if block_of(name) is not None:
                 parameter.data = parameter.data.to(base_dtype)  # FSDP wants one dtype in a unit, as verl's LoRA does
         return module
 
@@ -87,7 +95,7 @@ class AdapterBlocks(BlockKind):
     ) -> BlockStep:
         blocks, optim = block_parameters(module), self.config.optim
         optimizer = build_optimizer(parameter_groups(blocks, optim, actor_optim))
-        named = {name: parameter for name, parameter in module.named_parameters() if block_of(name) is not None}
+        named = {name: p for name, p in module.named_parameters() if block_of(name) is not None and p.requires_grad}
         for hook in hooks:
             hook.bind(named)
             hook.attach(module)
@@ -108,6 +116,7 @@ class AdapterBlocks(BlockKind):
             "quarantine_rank": blocks.quarantine_rank,
             "scaling": engine.scaling,
             "init": blocks.init,
+            "form": blocks.form,
             "start": start_signature(blocks),
             "ablate_at_deployment": blocks.ablate_at_deployment,
             "base_model": str(engine.model_config.path),
@@ -115,4 +124,8 @@ class AdapterBlocks(BlockKind):
         }
 
     def check_resumable(self, saved: Mapping[str, Any]) -> None:
+        form = saved.get("form", "lora")
+        if form != self.config.form:
+            fix = f"the checkpoint's blocks are of the form {form}; set the same or start a new run"
+            raise UserError("grad_routing.blocks.form", self.config.form, fix)
         check_same_start(saved, self.config)

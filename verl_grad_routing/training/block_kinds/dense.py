@@ -46,6 +46,7 @@ class DenseUnits(BlockKind):
         model, settings = "actor_rollout_ref.model", run.settings
         for key, plain, reason in (
             (f"{model}.lora_rank", 0, "dense blocks train the base model itself; set 0"),
+            ("grad_routing.blocks.form", "lora", "dense blocks have no adapters; leave lora"),
             (f"{model}.use_liger", False, "Liger's kernels bypass the routed layers; set false"),
             ("grad_routing.validate_swapped", False, "a model without its deployed block has no embeddings; set false"),
         ):

@@ -35,6 +35,8 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     model.kind,
     model.adapter,
     bases.basis,
+    bases.form,
+    bases.precision,
     bases.optimisation,
     model.merge,
     methods.passes,

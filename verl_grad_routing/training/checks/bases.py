@@ -30,6 +30,29 @@ def basis(run: Run) -> None:
         raise UserError("grad_routing.blocks.contrast", blocks.contrast, fix)
 
 
+def form(run: Run) -> None:
+    """Hooks that read A and B as they are need them to be the parameters."""
+    from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
+
+    name = run.settings.blocks.form
+    for settings in run.settings.blocks.hooks:
+        hook = ENGINE_HOOKS.get(settings.get("name"))  # type: ignore[arg-type]
+        if run.routed and name != "lora" and hook is not None and hook.plain_lora:
+            fix = f"the hook {settings['name']} counts on A and B as the trained parameters; set lora, or drop the hook"
+            raise UserError("grad_routing.blocks.form", name, fix)
+
+
+def precision(run: Run) -> None:
+    """Blocks have the dtype of the model's own weights, where an ordinary step is lost in half precision."""
+    key = "actor_rollout_ref.actor.fsdp_config.model_dtype"
+    dtype = str(run.get(key) or "fp32")
+    if run.routed and dtype not in ("fp32", "float32", "32"):
+        fix = (
+            "the blocks and their optimizer would be kept in it; set fp32, mixed_precision computes in bfloat16 anyway"
+        )
+        raise UserError(key, dtype, fix)
+
+
 def optimisation(run: Run) -> None:
     """A block's own betas need an optimizer that has some."""
     optim, optimizer = run.settings.blocks.optim, run.get("actor_rollout_ref.actor.optim.optimizer", "AdamW")
