@@ -86,7 +86,8 @@ def test_only_the_metrics_read_the_facts() -> None:
     order = torch.randperm(B, generator=torch.Generator().manual_seed(3))
     plain, permuted = router("persona").decide(view(1))[1], router("persona").decide(view(1, order))[1]
     different = {key for key in plain if plain[key] != permuted[key] and plain[key] == plain[key]}
-    assert different == {"detector/auroc", "detector/recall", "detector/false_positive_rate"}
+    names = ("auroc", "recall", "false_positive_rate", "f1_hack", "f1_clean")
+    assert different == {f"detector/{name}" for name in names}
     plain, permuted = router("grift").decide(view(1))[1], router("grift").decide(view(1, order))[1]
     moved = {key for key in plain if plain[key] != permuted[key] and plain[key] == plain[key]}
     assert moved == {*different, *(f"grift/{name}" for name in ("f1_hack", "f1_clean", "permuted_f1"))}
