@@ -81,7 +81,7 @@ def own_ray(number: int, sizes: Mapping[str, float | None], log: Path) -> Iterat
 
 def connected(address: str) -> list[str]:
     """Overrides for a run on the Ray at ``address`` in place of one that it starts; the sizes are that Ray's."""
-    quoted = address if re.fullmatch(r"[\w.:]+", address) else f"'{address}'"
+    quoted = address if re.fullmatch(r"\w+", address) else f"'{address}'"
     return [f"{RAY}.address={quoted}", *(f"{RAY}.{key}=null" for key in ("_temp_dir", "num_cpus", "num_gpus"))]
 
 

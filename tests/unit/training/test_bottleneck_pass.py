@@ -84,7 +84,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch):
         pairs = {} if name == "random_grad" else {"pairs": "pairs.jsonl"}
         values = {"name": name, "rank": RANK, "targets": ["q_proj"], **pairs, **settings}
         made.detector = DETECTORS.build(values, "grad_routing.detector")
-        made.router = SimpleNamespace(pairs=None)
+        made.router = SimpleNamespace(pairs=None, token_score=None)
         made.actor_rollout_wg, made.timing_raw, made.routed = Workers(), {}, True
         made.tokenizer, made.ref_in_actor, made.use_reference_policy = Tokenizer(), True, True
         actor = SimpleNamespace(ppo_micro_batch_size_per_gpu=2, ppo_max_token_len_per_gpu=77)
