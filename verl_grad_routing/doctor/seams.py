@@ -131,6 +131,7 @@ _TABLE: dict[str, dict[str, str | None]] = {
     },
     "verl.trainer.sft_trainer": {
         "SFTTrainer.__init__": "self config",
+        "SFTTrainer._build_dataloader": "self",
         "SFTTrainer.fit": "self",
         "create_sft_dataset": "data_paths data_config tokenizer processor max_samples",
     },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -116,3 +117,19 @@ def test_a_training_that_fails_shows_the_end_of_its_log(pairs: str, model: Path,
         command.warm_up(WarmUp(model, pairs=pairs), to)
     assert "data.trian_files" in capsys.readouterr().err
     assert not to.exists() and not list(model.parent.glob(".basis-*"))
+
+
+def test_the_seed_orders_the_data() -> None:
+    from verl_grad_routing.warm_up.trainer import SeededSFTTrainer
+
+    def order(seed: int) -> list[int]:
+        made: Any = object.__new__(SeededSFTTrainer)
+        made.engine = SimpleNamespace(get_data_parallel_rank=lambda: 0, get_data_parallel_size=lambda: 1)
+        data = {"train_batch_size": 4, "pad_mode": "no_padding", "num_workers": 0}
+        made.config = OmegaConf.create({"data": data, "trainer": {"seed": seed}})
+        made.train_dataset, made.val_dataset = list(range(16)), None
+        made._build_dataloader()
+        return list(made.train_dataloader.sampler)
+
+    assert order(1) == order(1) != order(0)
+    assert sorted(order(1)) == list(range(16))
