@@ -65,13 +65,15 @@ def run_grid(path: Path | str, to: Path | str | None = None, *, trainer: Sequenc
     with _alone(out):
         for built in environments:
             grid_cells.build(built)
-        done = grid_cells.finished(cells)
         folder = out / results.RESULTS
+        done = grid_cells.finished(cells)
+        told = [cell for cell in cells if cell not in done and results.already_told(folder, cell)]
         results.write_grid(folder, grid)
         failed = [cell.name for cell in done if not _collect(folder, cell)]
-        left = [cell for cell in cells if cell not in done]
+        left = [cell for cell in cells if cell not in done and cell not in told]
         jobs, why = affordable(grid)
-        print(f"{grid.name}: {len(cells)} cells, {len(done)} finished before, {why}", file=sys.stderr)
+        before = len(cells) - len(left)
+        print(f"{grid.name}: {len(cells)} cells, {before} finished before, {why}", file=sys.stderr)
         failed += _Runner(grid, folder, jobs, sizes, trainer).run(left)
     return Outcome(folder, tuple(failed))
 

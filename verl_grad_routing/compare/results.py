@@ -145,6 +145,28 @@ def write_finished(folder: Path, cell: Cell, run: Run) -> None:
     _write(folder / cell.result_name, identity | record | own)
 
 
+def already_told(folder: Path, cell: Cell) -> bool:
+    """Whether ``folder`` holds the result of this cell, finished with its settings: its run folder may be gone.
+
+    Raises:
+        UserError: It is damaged, or of a finished run of other settings.
+    """
+    path = folder / cell.result_name
+    if not path.is_file():
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        status, settings = found["status"], found["settings_hash"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(str(path), "unreadable", "no result of a cell; delete it, and the cell runs again") from None
+    if status != "finished":
+        return False
+    if settings != cell.settings_hash:
+        fix = "a finished result of other settings, versions or training code; move it away, or name another --to"
+        raise UserError(cell.name, f"settings {settings}", fix)
+    return True
+
+
 def _of_shadows(run: Run) -> list[str]:
     return [key for key in run.keys if key.startswith("compare/")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,25 @@ def test_no_more_at_once_than_the_machine_allows(write_grid, monkeypatch: pytest
     ):
         chosen, why = affordable(load_grid(write_grid(**keys)))
         assert chosen == jobs and f"{jobs} at a time" in why
+
+
+def test_a_result_without_its_run_folder_is_finished(write_grid, tmp_path: Path, starts) -> None:
+    out, grid = tmp_path / "out", write_grid(seeds=[0], arms=["off", "persona"])
+    run_grid(grid, out, trainer=FAKE_TRAINER)
+    shutil.rmtree(out / "toy" / "off")
+    result = out / "results" / "toy.off.seed-0.json"
+    before = result.read_bytes()
+    assert not run_grid(grid, out, trainer=FAKE_TRAINER).failed
+    assert starts() == ["off/seed-0 0", "persona/seed-0 0"] and result.read_bytes() == before
+    result.write_text(before.decode().replace('"settings_hash": "', '"settings_hash": "0'))
+    with pytest.raises(
+        UserError, match=r"toy/off/seed-0='settings 0[0-9a-f]{16}': a finished result of other settings"
+    ):
+        run_grid(grid, out, trainer=FAKE_TRAINER)
+    result.write_text("{")
+    with pytest.raises(UserError, match=r"toy\.off\.seed-0\.json='unreadable': no result of a cell"):
+        run_grid(grid, out, trainer=FAKE_TRAINER)
+    assert len(starts()) == 2
 
 
 def test_runs_at_once_do_not_share_a_ray(write_grid, tmp_path: Path) -> None:
