@@ -133,4 +133,4 @@ def test_the_socket_for_weights_is_named_after_the_ray_job() -> None:
 
     source = Path(rollout.__file__).read_text()
     assert "job_id = ray.get_runtime_context().get_job_id()" in source
-    assert "ipc:///tmp/rl-colocate-zmq-{job_id}-replica-{self.replica_rank}-rank-{local_rank}.sock" in source
+    assert "rl-colocate-zmq-{job_id}-replica-{self.replica_rank}-rank-{local_rank}.sock" in source

@@ -2,8 +2,8 @@
 
     python -m verl_grad_routing.compare.own_ray NUMBER SIZES COMMAND...
 
-verl 0.9.1 names its socket for weights ``/tmp/rl-colocate-zmq-<job>-...``, and the first job of every Ray has the same
-number; and TransferQueue, which carries the rollouts, is one per Ray. So runs at once on one machine need a Ray each,
+verl 0.9.1 names its socket for weights after the Ray job, and the first job of every Ray has the same number; and
+TransferQueue, which carries the rollouts, is one per Ray. So runs at once on one machine need a Ray each,
 and jobs of different numbers. This starts a Ray, takes the numbers before NUMBER, and runs COMMAND, with overrides that
 connect it, as job NUMBER. SIZES is JSON: ``num_cpus``, ``num_gpus`` (null: as Ray finds), as in ``ray.init``.
 Ray runs under ``supervisor``: nothing of it is left, however this process ends.
