@@ -27,6 +27,23 @@ RESIDUAL = "residual"
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a direction is chosen from, checked; the attributes are the arguments of ``ActivationDetector.fit``."""
+
+    unwanted_PLd: Tensor | None
+    wanted_PLd: Tensor | None
+    layers: tuple[int | str, ...]
+    hidden_size: int
+    pairs_hash: str | None
+
+    @property
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """(unwanted, wanted) of a detector that needs pairs."""
+        assert self.unwanted_PLd is not None and self.wanted_PLd is not None  # checked by fit
+        return self.unwanted_PLd, self.wanted_PLd
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActivationConfig:
     """Where activations are read."""
@@ -180,7 +197,8 @@ class ActivationDetector(Detector):
             if self.needs_pairs and side is not None and tuple(side.shape[1:]) != (len(layers), hidden_size):
                 fix = f"pair activations must be [P, {len(layers)}, {hidden_size}]"
                 raise UserError(KEY, tuple(side.shape), fix)
-        new = self._choose(unwanted_PLd, wanted_PLd, tuple(layers), hidden_size, pairs_hash)
+        read = Reading(unwanted_PLd, wanted_PLd, tuple(layers), hidden_size, pairs_hash)
+        new = self._scored(self._choose(read), read)
         old = self.direction
         if old is not None:
             _require_same(new, old)
@@ -190,15 +208,13 @@ class ActivationDetector(Detector):
         self.direction = new
 
     @abstractmethod
-    def _choose(
-        self,
-        unwanted_PLd: Tensor | None,
-        wanted_PLd: Tensor | None,
-        layers: tuple[int | str, ...],
-        hidden_size: int,
-        pairs_hash: str | None,
-    ) -> Direction:
-        """The direction. Arguments are as in ``fit`` and have been checked."""
+    def _choose(self, read: Reading) -> Direction:
+        """The direction."""
+
+    def _scored(self, direction: Direction, read: Reading) -> Direction:
+        """``direction`` with its pairs scored as rollouts are, where that is not by projection."""
+        del read
+        return direction
 
     @property
     def directions_DLd(self) -> Tensor:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from verl_grad_routing.detectors.activation import ActivationConfig, ActivationDetector
+from verl_grad_routing.detectors.activation import ActivationConfig, ActivationDetector, Reading
 from verl_grad_routing.detectors.base import Signal
 from verl_grad_routing.directions.activation import Direction, difference_of_means, without_pairs
 from verl_grad_routing.directions.checks import require_int
@@ -20,18 +18,8 @@ class FromPairs(ActivationDetector):
 
     signal: ClassVar[Signal] = Signal.pairs
 
-    def _choose(
-        self,
-        unwanted_PLd: Tensor | None,
-        wanted_PLd: Tensor | None,
-        layers: tuple[int | str, ...],
-        hidden_size: int,
-        pairs_hash: str | None,
-    ) -> Direction:
-        assert unwanted_PLd is not None and wanted_PLd is not None  # checked by fit
-        return difference_of_means(
-            unwanted_PLd, wanted_PLd, layers=layers, pairs_hash=pairs_hash, seed=self.config.seed
-        )
+    def _choose(self, read: Reading) -> Direction:
+        return difference_of_means(*read.sides, layers=read.layers, pairs_hash=read.pairs_hash, seed=self.config.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +42,7 @@ class AtRandom(ActivationDetector):
     needs_pairs: ClassVar[bool] = False
     config: RandomConfig
 
-    def _choose(
-        self,
-        unwanted_PLd: Tensor | None,
-        wanted_PLd: Tensor | None,
-        layers: tuple[int | str, ...],
-        hidden_size: int,
-        pairs_hash: str | None,
-    ) -> Direction:
-        del unwanted_PLd, wanted_PLd, pairs_hash
+    def _choose(self, read: Reading) -> Direction:
         index = self.config.direction_index
-        return without_pairs(haar_directions(index + 1, layers, hidden_size, self.config.seed)[index], layers, "haar")
+        vectors_DLd = haar_directions(index + 1, read.layers, read.hidden_size, self.config.seed)
+        return without_pairs(vectors_DLd[index], read.layers, "haar")

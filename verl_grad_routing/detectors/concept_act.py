@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from verl_grad_routing.detectors.activation import KEY, RESIDUAL, ActivationDetector, PairsConfig
+from verl_grad_routing.detectors.activation import KEY, RESIDUAL, ActivationDetector, PairsConfig, Reading
 from verl_grad_routing.detectors.base import DETECTORS, Signal
 from verl_grad_routing.directions.activation import Direction, concept_direction, project
 from verl_grad_routing.directions.checks import require_choice, require_number
@@ -68,19 +67,16 @@ class ConceptActivation(ActivationDetector):
             fix = f"{left} of {len(pairs)} pairs are left to fit; select others, or set null"
             raise UserError(f"{KEY}.held_out_tag", tag, fix)
 
-    def _choose(
-        self,
-        unwanted_PLd: Tensor | None,
-        wanted_PLd: Tensor | None,
-        layers: tuple[int | str, ...],
-        hidden_size: int,
-        pairs_hash: str | None,
-    ) -> Direction:
-        assert unwanted_PLd is not None and wanted_PLd is not None  # checked by fit
+    def _choose(self, read: Reading) -> Direction:
+        unwanted_PLd, wanted_PLd = read.sides
         held = torch.zeros(len(unwanted_PLd), dtype=torch.bool)
         held[list(self.held_out)] = True
         direction = concept_direction(
-            unwanted_PLd[~held], wanted_PLd[~held], layers=layers, pairs_hash=pairs_hash, seed=self.config.seed
+            unwanted_PLd[~held],
+            wanted_PLd[~held],
+            layers=read.layers,
+            pairs_hash=read.pairs_hash,
+            seed=self.config.seed,
         )
         if self.held_out:
             unwanted_P1, wanted_P1 = (project(s[held], direction.vectors_Ld[None]) for s in (unwanted_PLd, wanted_PLd))

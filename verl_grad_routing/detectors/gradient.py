@@ -5,14 +5,13 @@ Legend: ``P`` pairs, ``M`` modules, ``r`` rank, ``D`` directions (1 here), ``B``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from verl_grad_routing.bottleneck import BASES, cosines
-from verl_grad_routing.detectors.activation import KEY, ActivationConfig, ActivationDetector
+from verl_grad_routing.detectors.activation import KEY, ActivationConfig, ActivationDetector, Reading
 from verl_grad_routing.directions.activation import Direction
 from verl_grad_routing.directions.checks import require_choice
 from verl_grad_routing.errors import UserError
@@ -55,17 +54,8 @@ class GradientDetector(ActivationDetector):
         del reference_in_actor  # no pass that verl runs has a backward pass per rollout
         return self.config.score_pass
 
-    def fit(
-        self,
-        unwanted_PLd: Tensor | None,
-        wanted_PLd: Tensor | None,
-        layers: Sequence[int | str],
-        hidden_size: int,
-        pairs_hash: str | None = None,
-    ) -> None:
-        super().fit(unwanted_PLd, wanted_PLd, layers, hidden_size, pairs_hash)
-        if self.cosine and unwanted_PLd is not None and wanted_PLd is not None:
-            self.direction = _with_cosines(self._fitted(), unwanted_PLd, wanted_PLd)
+    def _scored(self, direction: Direction, read: Reading) -> Direction:
+        return _with_cosines(direction, *read.sides) if self.cosine and self.needs_pairs else direction
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "score": self.config.score}

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from verl_grad_routing.detectors.activation import KEY, ActivationConfig, ActivationDetector
+from verl_grad_routing.detectors.activation import KEY, ActivationConfig, ActivationDetector, Reading
 from verl_grad_routing.detectors.base import DETECTORS, BatchView, Signal
 from verl_grad_routing.detectors.probe_file import LinearProbe, load_probe
 from verl_grad_routing.directions.activation import Direction, without_pairs
@@ -69,20 +69,13 @@ class LinearProbeDetector(ActivationDetector):
             raise UserError(f"{KEY}.probe", self.config.probe, fix)
         return self.probe.layers
 
-    def _choose(
-        self,
-        unwanted_PLd: Tensor | None,
-        wanted_PLd: Tensor | None,
-        layers: tuple[int, ...],
-        hidden_size: int,
-        pairs_hash: str | None,
-    ) -> Direction:
-        del unwanted_PLd, wanted_PLd, pairs_hash
-        if (layers, hidden_size) != (self.probe.layers, self.probe.hidden_size):
-            fix = f"it was fitted on hidden size {self.probe.hidden_size}, and the model has {hidden_size}"
+    def _choose(self, read: Reading) -> Direction:
+        if (read.layers, read.hidden_size) != (self.probe.layers, self.probe.hidden_size):
+            fix = f"it was fitted on hidden size {self.probe.hidden_size}, and the model has {read.hidden_size}"
             raise UserError(f"{KEY}.probe", self.config.probe, fix)
         # a projection averages over layers, a logit adds them up
-        return without_pairs(self.probe.weights_Ld * len(layers), layers, f"linear_probe {self.probe.content_hash}")
+        vectors_Ld = self.probe.weights_Ld * len(self.probe.layers)
+        return without_pairs(vectors_Ld, self.probe.layers, f"linear_probe {self.probe.content_hash}")
 
     def score(self, view: BatchView) -> Tensor:
         return torch.sigmoid(super().score(view) + (self.probe.bias - self.probe.threshold))

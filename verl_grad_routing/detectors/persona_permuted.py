@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from verl_grad_routing.detectors.activation import PairsConfig
+from verl_grad_routing.detectors.activation import PairsConfig, Reading
 from verl_grad_routing.detectors.base import DETECTORS, Signal
 from verl_grad_routing.detectors.tokens import TokenConfig, TokenDetector
 from verl_grad_routing.directions.activation import Direction
@@ -26,13 +24,5 @@ class PersonaPermuted(TokenDetector):
 
     config: Config
 
-    def _choose(
-        self,
-        unwanted_PLd: Tensor | None,
-        wanted_PLd: Tensor | None,
-        layers: tuple[int | str, ...],
-        hidden_size: int,
-        pairs_hash: str | None,
-    ) -> Direction:
-        assert unwanted_PLd is not None and wanted_PLd is not None  # checked by fit
-        return permuted_pairs(unwanted_PLd, wanted_PLd, seed=self.config.seed, layers=layers, pairs_hash=pairs_hash)
+    def _choose(self, read: Reading) -> Direction:
+        return permuted_pairs(*read.sides, seed=self.config.seed, layers=read.layers, pairs_hash=read.pairs_hash)

@@ -76,35 +76,44 @@ def unit_linear(
     return _UnitLinear.apply(x, weight, bias, *flat, side, tuple(ranges))
 
 
-def _by_unit(values_TN: Tensor, mask_T2: Tensor | None, ranges: Sequence[Range]) -> Tensor:
-    """``values ⊙ mask``, the mask's second column over ``ranges`` and its first elsewhere."""
+def _others(ranges: Sequence[Range], count: int) -> list[Range]:
+    """What sorted ``ranges`` leave of ``(0, count)``."""
+    edges = [0, *(edge for run in ranges for edge in run), count]
+    return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if last > first]
+
+
+def _by_unit(values_TN: Tensor, mask_T2: Tensor | None, ranges: Sequence[Range], out: Tensor | None = None) -> Tensor:
+    """``values ⊙ mask``: the mask's second column over ``ranges``, its first elsewhere. ``out`` may be ``values``."""
     if mask_T2 is None:
         return values_TN
-    mask_T2 = mask_T2.to(values_TN.dtype)
-    out = values_TN * mask_T2[:, :1]
-    for first, last in ranges:
-        torch.mul(values_TN[:, first:last], mask_T2[:, 1:], out=out[:, first:last])
+    mask_T2, out = mask_T2.to(values_TN.dtype), torch.empty_like(values_TN) if out is None else out
+    for column, runs in enumerate((_others(ranges, values_TN.shape[1]), ranges)):
+        for first, last in runs:
+            torch.mul(values_TN[:, first:last], mask_T2[:, column, None], out=out[:, first:last])
     return out
 
 
 def _weight_gradient(g_TO: Tensor, h_TI: Tensor, mask_T2: Tensor | None, side: Side, ranges: Sequence[Range]) -> Tensor:
-    """``Σ_t u_t g_t h_tᵀ``: the token masks go onto whichever side does not carry the units, so no pass is over it."""
+    """``Σ_t u_t g_t h_tᵀ`` in the fewest passes over tokens.
+
+    The masks go onto the side that carries the units, each unit's own, unless the other is so much narrower that it
+    takes less to mask it once a block; each block's rows or columns are then a product of their own.
+    """
     if mask_T2 is None:
         return g_TO.t() @ h_TI
-    mask_T2 = mask_T2.to(g_TO.dtype)
-    deployed, quarantine = mask_T2[:, :1], mask_T2[:, 1:]
-    if side == "columns":
-        gradient = (g_TO * deployed).t() @ h_TI
-        if ranges:
-            routed = (g_TO * quarantine).t()
-            for first, last in ranges:
-                gradient[:, first:last] = routed @ h_TI[:, first:last]
-        return gradient
-    gradient = g_TO.t() @ (h_TI * deployed)
-    if ranges:
-        routed = h_TI * quarantine
-        for first, last in ranges:
-            gradient[first:last] = g_TO[:, first:last].t() @ routed
+    columns = side == "columns"
+    units, other = (h_TI, g_TO) if columns else (g_TO, h_TI)
+    if units.shape[1] <= (1 + bool(ranges)) * other.shape[1]:
+        masked = _by_unit(units, mask_T2, ranges)
+        return g_TO.t() @ masked if columns else masked.t() @ h_TI
+    gradient = g_TO.new_empty(g_TO.shape[1], h_TI.shape[1])
+    for column, runs in enumerate((_others(ranges, units.shape[1]), ranges)):
+        masked = other * mask_T2[:, column, None].to(other.dtype) if runs else other
+        for first, last in runs:
+            if columns:
+                torch.mm(masked.t(), h_TI[:, first:last], out=gradient[:, first:last])
+            else:
+                torch.mm(g_TO[:, first:last].t(), masked, out=gradient[first:last])
     return gradient
 
 
@@ -151,7 +160,7 @@ class _UnitLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_TI = g_TO @ weight.to(ctx.dtype)
             factor = activation if gate is None else gate if activation is None else gate * activation
-            dx = _by_unit(dx_TI, factor, ctx.ranges).view(ctx.x_shape)
+            dx = _by_unit(dx_TI, factor, ctx.ranges, out=dx_TI).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
             dW = _weight_gradient(g_TO, h_TI, update, ctx.side, ctx.ranges)
         if ctx.needs_input_grad[2]:
