@@ -76,10 +76,15 @@ def test_transformers_loads_and_generates_from_the_folder_alone(built):
 
 def test_the_same_settings_give_the_same_bytes_and_leave_the_random_state_alone(built, tmp_path):
     torch.manual_seed(5)
-    before = torch.get_rng_state()
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(1)
     again = prepare(tmp_path / "again", **TINY)
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(threads)
     assert torch.equal(before, torch.get_rng_state())
     assert again.sha256 == built[1].sha256
+    # a comparison goes on elsewhere, on an environment built there, if the manifests are the same
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (built[0] / "manifest.json").read_bytes()
     other = prepare(tmp_path / "other", **TINY, seed=1)
     data = ("train.parquet", "val.parquet", "test.parquet", "pairs.jsonl", "model/model.safetensors")
     assert all(other.sha256[name] != again.sha256[name] for name in data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def _write_model(folder: Path, world: World[Any, Any], tasks: dict[str, list[Any
     from verl_grad_routing.envs.chars.model import new_model, rates, save, warm_up
     from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
 
-    start, config = time.perf_counter(), world.config
+    config = world.config
     tokenizer = build_tokenizer(world.alphabet)
     model = new_model(world.alphabet, config.seed)
     taken = {task.letters for split in tasks.values() for task in split}
@@ -74,4 +73,4 @@ def _write_model(folder: Path, world: World[Any, Any], tasks: dict[str, list[Any
         for name, voice in world.voices.items()
     }
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {**statistics, "loss": loss, "parameters": parameters, "seconds": round(time.perf_counter() - start, 1)}
+    return {**statistics, "loss": loss, "parameters": parameters}
