@@ -8,7 +8,7 @@ from pathlib import Path
 
 from verl_grad_routing.compare.own_ray import own_ray
 
-SIZES = {"num_cpus": 32, "num_gpus": 1, "object_store_memory": 1_000_000_000}
+SIZES = {"num_cpus": 32, "num_gpus": 2, "object_store_memory": 1_000_000_000}
 
 
 @contextmanager
