@@ -58,6 +58,8 @@ class BatchView:
     Attributes:
         keys: Unique rollout ids [B].
         uids: Prompt group of each rollout [B].
+        names: What each rollout is called in every run of the same data [B], for draws that are the same in each.
+        prompt_names: The same for prompts [B].
         step: Global step, 1 for the first.
         seed: Seed of the run.
         activation_scores_BD: Projection of each rollout's pooled activation, or of its gradient, on each of the
@@ -80,6 +82,8 @@ class BatchView:
     uids: tuple[str, ...]
     step: int
     seed: int
+    names: tuple[str, ...] | None = None
+    prompt_names: tuple[str, ...] | None = None
     activation_scores_BD: Tensor | None = None
     activation_token_scores: tuple[Tensor, ...] | None = None
     response_masks: tuple[Tensor, ...] | None = None
@@ -98,6 +102,16 @@ class BatchView:
                 raise UserError(f"batch.{name}", len(column), f"give one row for each of the {len(self.keys)} rollouts")
         if len(set(self.keys)) != len(self.keys):
             raise UserError("batch.keys", len(set(self.keys)), f"{len(self.keys)} rollouts need as many different keys")
+
+    @property
+    def drawn_by(self) -> tuple[str, ...]:
+        """What draws on rollouts go by: their names, or their keys where they have none."""
+        return self.keys if self.names is None else self.names
+
+    @property
+    def prompts_drawn_by(self) -> tuple[str, ...]:
+        """What draws on prompts go by."""
+        return self.uids if self.prompt_names is None else self.prompt_names
 
 
 class Detector(ABC):

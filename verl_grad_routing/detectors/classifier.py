@@ -69,7 +69,7 @@ class Classifier(Detector):
         for start in range(0, len(view.keys), self.config.batch_size):
             rows = slice(start, start + self.config.batch_size)
             said += self._asked(view.keys[rows], list(view.prompts[rows]), list(view.responses[rows]))
-        turned = [self._flipped(score, key, view) for score, key in zip(said, view.keys, strict=True)]
+        turned = [self._flipped(score, name, view) for score, name in zip(said, view.drawn_by, strict=True)]
         return torch.tensor(turned, dtype=torch.float64)
 
     def _asked(self, keys: Sequence[str], prompts: list[str], responses: list[str]) -> list[float]:
@@ -88,7 +88,7 @@ class Classifier(Detector):
                 raise UserError(f"{KEY}.function on rollout {key}", score, fix)
         return [float(score) for score in said]
 
-    def _flipped(self, score: float, key: str, view: BatchView) -> float:
+    def _flipped(self, score: float, name: str, view: BatchView) -> float:
         seed = view.seed if self.config.seed is None else self.config.seed
-        flips = uniform("classifier", seed, view.step, key) < self.config.flip_rate
+        flips = uniform("classifier", seed, view.step, name) < self.config.flip_rate
         return self.config.low + self.config.high - score if flips else score

@@ -15,7 +15,7 @@ from verl_grad_routing.directions.checks import require_int
 
 @DETECTORS.register("coinflip")
 class Coinflip(Detector):
-    """A uniform number in [0, 1) for each rollout: the first 53 bits of SHA-256 of seed, step and key.
+    """A uniform number in [0, 1) for each rollout: the first 53 bits of SHA-256 of seed, step and name.
 
     With the same gate as another detector it routes the same share of rollouts, drawn by lot.
     """
@@ -35,4 +35,4 @@ class Coinflip(Detector):
 
     def score(self, view: BatchView) -> Tensor:
         seed = view.seed if self.config.seed is None else self.config.seed
-        return torch.tensor([uniform(seed, view.step, key) for key in view.keys], dtype=torch.float64)
+        return torch.tensor([uniform(seed, view.step, name) for name in view.drawn_by], dtype=torch.float64)

@@ -157,7 +157,7 @@ class Grift(FingerprintDetector):
             fix = "fingerprints must be finite; look for inf or NaN in the model's gradients"
             raise UserError(f"{KEY} ({self.name}) fingerprint of rollout {view.keys[row]}", float("nan"), fix)
         present_B = (fingerprints_BF != 0).any(1) & self.chosen_rows(view)
-        rows = sorted(present_B.nonzero().flatten().tolist(), key=lambda row: view.keys[row])
+        rows = sorted(present_B.nonzero().flatten().tolist(), key=lambda row: view.drawn_by[row])
         return rows, fingerprints_BF[rows]
 
     def _cluster(self, view: BatchView, rows: list[int], fingerprints_PF: Tensor) -> Abstained:

@@ -93,14 +93,14 @@ class Labels(Detector):
         hack_B = self._fact(view, "hack")
         recall_B = self._recall(view)
         wrong = self._false_positive_rate(hack_B, recall_B)
-        seen_B = self._draws(view, "prompt", view.uids) < self.config.prompt_share
-        flagged_B = self._draws(view, "flag", view.keys) < torch.where(hack_B, recall_B, wrong)
+        seen_B = self._draws(view, "prompt", view.prompts_drawn_by) < self.config.prompt_share
+        flagged_B = self._draws(view, "flag", view.drawn_by) < torch.where(hack_B, recall_B, wrong)
         if self.config.flip_rate:
-            flagged_B ^= self._draws(view, "flip", view.keys) < self.config.flip_rate
+            flagged_B ^= self._draws(view, "flip", view.drawn_by) < self.config.flip_rate
         flagged_B &= seen_B
         trusted_B = torch.zeros_like(flagged_B)
         if self.config.clean_recall:
-            drawn_B = self._draws(view, "clean", view.keys) < self.config.clean_recall
+            drawn_B = self._draws(view, "clean", view.drawn_by) < self.config.clean_recall
             trusted_B = seen_B & self._fact(view, "solve") & drawn_B & ~flagged_B
         return flagged_B.double() - trusted_B.double()
 

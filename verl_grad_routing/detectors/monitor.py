@@ -59,10 +59,9 @@ class Monitor(Detector):
         if view.prompts is None or view.responses is None:
             raise UserError(KEY, self.name, "the batch has no texts; a monitor needs prompts and responses")
         rows = zip(view.keys, view.prompts, view.responses, strict=True)
-        return torch.tensor(
-            [self._dialled(self._asked(key, prompt, response), key, view) for key, prompt, response in rows],
-            dtype=torch.float64,
-        )
+        said = [self._asked(key, prompt, response) for key, prompt, response in rows]
+        dialled = [self._dialled(score, name, view) for score, name in zip(said, view.drawn_by, strict=True)]
+        return torch.tensor(dialled, dtype=torch.float64)
 
     def _asked(self, key: str, prompt: str, response: str) -> float:
         said: Any = self.judge(prompt, response)
@@ -70,9 +69,9 @@ class Monitor(Detector):
             raise UserError(f"{KEY}.judge on rollout {key}", said, "a monitor must return a number from 0 to 1")
         return float(said)
 
-    def _dialled(self, said: float, key: str, view: BatchView) -> float:
+    def _dialled(self, said: float, name: str, view: BatchView) -> float:
         turns = 1 - self.config.recall if said >= 0.5 else self.config.false_positive_rate
-        return 1 - said if uniform("monitor", view.seed, view.step, key) < turns else said
+        return 1 - said if uniform("monitor", view.seed, view.step, name) < turns else said
 
 
 def checked_rules(rules: Any, judge: Any) -> tuple[str, ...] | None:

@@ -27,6 +27,7 @@ from verl_grad_routing.training.bottleneck_pass import pair_gradients, rollout_s
 from verl_grad_routing.training.bottleneck_step import ReadGradients
 from verl_grad_routing.training.columns import dense, part_of, plain, read, real_rows
 from verl_grad_routing.training.fingerprint_pass import adjacent_cosines, fingerprints
+from verl_grad_routing.training.names import names_of
 from verl_grad_routing.training.pairs_pass import pool_pairs
 from verl_grad_routing.training.probe import Project, Projections
 from verl_grad_routing.training.router import grader_facts, loophole_types
@@ -223,14 +224,17 @@ class Scoring(Sampling):
         texts: dict[str, tuple[str, ...]] = {}
         asked = self.router.reads.union(*(detector.reads for detector in self.detectors))
         written = sorted({"prompts", "responses"} & asked)
-        data = read(real, "uid", "extra_fields", "rm_scores", *written, *columns.values())
+        data = read(real, "uid", "index", "extra_fields", "rm_scores", *written, *columns.values())
         for name in written:
             rows = data[name].unbind()
             texts[name] = tuple(self.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows)
         self.activations = {which: dense(data[column]) for which, column in columns.items()}
         extra = plain(data["extra_fields"])
+        prompt_names, names = names_of(real.keys, plain(data["index"]))
         view = BatchView(
             keys=tuple(real.keys),
+            names=names,
+            prompt_names=prompt_names,
             uids=tuple(str(uid) for uid in plain(data["uid"])),
             step=self.global_steps,
             seed=self.settings.seed,
