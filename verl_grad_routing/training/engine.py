@@ -242,9 +242,12 @@ class RoutedFSDPEngine(FSDPEngineWithLMHead):
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         super().save_checkpoint(local_path, *args, **kwargs)
-        if self.rank == 0:
-            with open(os.path.join(local_path, LAYOUT_FILE), "w") as file:
+        path = os.path.join(local_path, LAYOUT_FILE)
+        if self.rank == 0 or not os.path.exists(path):  # every rank reads it on its own node's disk
+            partial = f"{path}.{self.rank}"
+            with open(partial, "w") as file:
                 json.dump(self.kind.layout(self), file, indent=2)
+            os.replace(partial, path)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         path = os.path.join(local_path, LAYOUT_FILE)

@@ -44,17 +44,18 @@ def block_mass(data: TensorDict, group: Any) -> Mass:
     masks = masks_of(data)
     assert masks is not None
     _, update_N2 = masks
-    rows = data["loss_mask"].unbind()
-    tokens_B1 = torch.stack([mask.sum() for mask in rows]).to(update_N2)[:, None]
-    counts_B1 = (tokens_B1 > 0).to(update_N2)
+    # verl's own rejection takes a rollout out of response_mask, which the losses read, and leaves loss_mask, their
+    # denominator
+    rows, counted = data["response_mask"].unbind(), data["loss_mask"].unbind()
+    tokens_B1, all_B1 = (torch.stack([row.sum() for row in mask]).to(update_N2)[:, None] for mask in (rows, counted))
     if of_tokens(data):
-        update_R2 = update_N2[predicting_positions(data, "loss_mask")]  # of all rows' response tokens
+        update_R2 = update_N2[predicting_positions(data, "response_mask")]  # of all rows' response tokens
         own_R2 = torch.cat(rows).to(update_N2)[:, None] * update_R2
         own_B2 = torch.stack([part.sum(0) for part in own_R2.split([len(mask) for mask in rows])])
         parts_B2 = own_B2 / tokens_B1.clamp(min=1)  # a rollout trains a block by the share of its tokens
     else:
-        own_B2, parts_B2 = tokens_B1 * update_N2, counts_B1 * update_N2
-    parts = [own_B2.sum(0), parts_B2.sum(0), tokens_B1.sum(0), counts_B1.sum(0)]
+        own_B2, parts_B2 = tokens_B1 * update_N2, (tokens_B1 > 0) * update_N2
+    parts = [own_B2.sum(0), parts_B2.sum(0), all_B1.sum(0), (all_B1 > 0).sum(0)]
     totals = torch.cat(parts).to(get_device_id(), torch.float64)
     torch.distributed.all_reduce(totals, op=ReduceOp.SUM, group=group)
     return Mass(totals[:2], totals[2:4], float(totals[4]), float(totals[5]))

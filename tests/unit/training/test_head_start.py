@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -38,3 +40,30 @@ def test_a_checkpoint_keeps_where_the_head_start_ended(until: float | None, tmp_
     first.save(str(tmp_path), {})
     resumed.load(str(tmp_path))
     assert resumed.intervention.head_start.reached == (2 if until else None)
+
+
+def test_what_a_validation_changes_reaches_the_checkpoint_that_was_written_before_it(tmp_path: Path) -> None:
+    import verl  # noqa: F401  (loads the plugin)
+
+    from verl_grad_routing.config import build_methods, parse
+    from verl_grad_routing.training.router import Router
+    from verl_grad_routing.training.trainer.validation import DeployedValidation
+
+    given = {"head_start_steps": 99, "head_start_until": 0.5, "head_start_measure": "swapped_reward"}
+    settings = parse({"intervention": {"name": "route", **given}, "validate_swapped": True})
+    router = Router(settings, build_methods(settings))
+    saved: list[int] = []
+    trainer: Any = SimpleNamespace(intervention=router.intervention, global_steps=10, resumed_at=10, saved_at=None)
+    trainer._save_state = lambda: saved.append(trainer.global_steps)
+
+    def observe(reward: float) -> int | None:
+        DeployedValidation._observe(trainer, {"swapped_reward": reward})
+        return router.intervention.head_start.reached
+
+    assert observe(0.9) is None  # the step it resumed from, validated once more
+    trainer.global_steps = trainer.saved_at = 20
+    assert observe(0.1) is None and saved == []
+    trainer.global_steps = trainer.saved_at = 30
+    assert observe(0.7) == 30 and saved == [30]
+    trainer.global_steps = 40
+    assert observe(0.8) == 30 and saved == [30]

@@ -27,6 +27,7 @@ def batch(table=DEFAULT, **columns: torch.Tensor) -> TensorDict:
     tensors = {
         "input_ids": jagged([5, 6, 7, 8, 9], [1, 2, 3, 4]),
         "loss_mask": jagged([1, 0, 1], [1]),
+        "response_mask": jagged([1, 0, 1], [1]),
         "route": torch.tensor([A, R]),
         **columns,
     }
@@ -90,6 +91,11 @@ def test_masses_by_hand(group) -> None:
     assert mass.rollouts_2.tolist() == [1.5, 0.5] and mass.all_rollouts == 2  # half of the first row, all of the second
     rows = block_mass(batch(), group)
     assert rows.tokens_2.tolist() == [2, 3] and rows.rollouts_2.tolist() == [1, 2]
+    rejected = {"response_mask": jagged([1, 0, 1], [0])}  # as verl's rollout_rs leaves them: the denominator stays
+    for columns, tokens, rollouts in ((TOKENS, [1, 1], [0.5, 0.5]), ({}, [2, 2], [1, 1])):
+        left = block_mass(batch(**columns, **rejected), group)
+        assert left.tokens_2.tolist() == tokens and left.rollouts_2.tolist() == rollouts
+        assert (left.all_tokens, left.all_rollouts) == (3, 2)
     bare = batch()
     del bare["route"]
     with pytest.raises(UserError, match="every row of a training batch needs a route"):

@@ -39,6 +39,8 @@ class Core(PPOTrainerSync):
         self.detector, self.intervention = self.router.detector, self.router.intervention
         self.routed = self.settings.blocks.enabled
         self.watchdog = Watchdog(self._release_waiting_workers)
+        self.resumed_at: int | None = None  # steps
+        self.saved_at: int | None = None
         super().__init__(config)
 
     @property
@@ -89,6 +91,7 @@ class Core(PPOTrainerSync):
         super()._load_checkpoint()
         if self.global_steps > 0:
             self.router.load(self._checkpoint_folder())
+            self.resumed_at = self.global_steps
 
     def _checkpoint_folder(self) -> str:
         if self.config.trainer.resume_mode == "resume_path":
@@ -97,6 +100,11 @@ class Core(PPOTrainerSync):
 
     def _save_checkpoint(self) -> None:
         # before verl's own, which ends by naming this step the latest: a folder that is named is complete
+        self._save_state()
+        super()._save_checkpoint()
+        self.saved_at = self.global_steps
+
+    def _save_state(self) -> None:
+        """Detector, gate and intervention as they are, into this step's checkpoint."""
         folder = os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
         self.router.save(folder, OmegaConf.to_container(self.config.grad_routing, resolve=True))
-        super()._save_checkpoint()

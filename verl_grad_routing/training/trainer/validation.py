@@ -35,8 +35,20 @@ class DeployedValidation(Core):
                 found = super()._validate()
             metrics |= {f"val/{view}/{key}": value for key, value in found.items()}
             if view == "swapped":
-                self.intervention.observe(self.global_steps, {"swapped_reward": mean_reward(found)})
+                self._observe({"swapped_reward": mean_reward(found)})
         return metrics
+
+    def _observe(self, measures: Mapping[str, float]) -> None:
+        """Tell the intervention's schedule, once a step, and keep what that changed with this step's checkpoint.
+
+        verl validates after it has saved, and a resumed run validates the step that it resumes from again.
+        """
+        if self.global_steps == self.resumed_at:
+            return
+        before = self.intervention.state_dict()
+        self.intervention.observe(self.global_steps, measures)
+        if self.global_steps == self.saved_at and self.intervention.state_dict() != before:
+            self._save_state()
 
     @contextmanager
     def _exported(self, view: str, blocks: tuple[str, ...]) -> Iterator[None]:
