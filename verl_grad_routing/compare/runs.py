@@ -199,7 +199,11 @@ def _finite(data: Mapping[str, Any]) -> dict[str, float]:
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     if not path.is_file():
-        raise UserError("run", str(path), "no such file; is this the folder of a finished run?")
+        fix = (
+            f"no such file, so no finished run; train with trainer.logger='[console,file]', trainer.test_freq above 0, "
+            f"trainer.validation_data_dir=RUN/{VALIDATION} and, in the environment, VERL_FILE_LOGGER_PATH=RUN/{METRICS}"
+        )
+        raise UserError("run", str(path), fix)
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

@@ -18,7 +18,7 @@ from verl_grad_routing.bottleneck import BASES, Bottleneck
 from verl_grad_routing.detectors.base import BatchView, Detector
 from verl_grad_routing.directions.activation import Direction, layers_at_depth
 from verl_grad_routing.directions.checks import as_tuple, require_choice, require_int, require_number
-from verl_grad_routing.directions.pairs import PairSet, require_same_hash
+from verl_grad_routing.directions.pairs import GIVE_OVERRIDE, PairSet, require_same_hash
 from verl_grad_routing.errors import UserError
 
 KEY = "grad_routing.detector"
@@ -104,7 +104,7 @@ class PairsConfig(ActivationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.pairs, str) or not self.pairs:
-            raise UserError("pairs", self.pairs, "give path.jsonl[@tag,tag] or path.md#section[@tag,tag]")
+            raise UserError("pairs", self.pairs, GIVE_OVERRIDE)
 
 
 class ActivationDetector(Detector):

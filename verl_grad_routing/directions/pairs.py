@@ -53,6 +53,9 @@ SELECTOR = re.compile(r"(?P<path>.+?\.(?P<kind>md|jsonl))(?:#(?P<section>[^@]+))
 FIELDS = ("id", "prompt", "unwanted", "wanted")
 MIN_PAIRS = 2
 PACKAGED = "pkg://"
+GIVE = "give path.jsonl[@tag,tag] or path.md#section[@tag,tag]"
+# As an override: Hydra's lexer refuses a bare #, and a bare comma starts a sweep.
+GIVE_OVERRIDE = f"{GIVE}, in quotes within the shell's: \"grad_routing.detector.pairs='pairs.md#section'\""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def load_pairs(selector: str) -> PairSet:
     """
     match = SELECTOR.fullmatch(selector) if isinstance(selector, str) else None
     if match is None:
-        raise UserError("pairs", selector, "give path.jsonl[@tag,tag] or path.md#section[@tag,tag]")
+        raise UserError("pairs", selector, GIVE)
     path, section = _path(selector, match["path"]), match["section"]
     if not path.is_file():
         raise UserError("pairs", selector, f"no such file: {path}")

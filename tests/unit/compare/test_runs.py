@@ -158,3 +158,8 @@ def test_settings_hash_follows_settings_and_input_content(tmp_path: Path) -> Non
     assert first != settings_hash("off", ["a=1"], [data])
     with pytest.raises(UserError, match="no such file"):
         settings_hash("off", [], [tmp_path / "absent"])
+
+
+def test_a_folder_that_is_no_finished_run_names_the_keys(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trainer\.logger=.*test_freq.*validation_data_dir=.*VERL_FILE_LOGGER_PATH="):
+        load_run(tmp_path)

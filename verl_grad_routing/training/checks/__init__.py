@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from verl_grad_routing.directions.pairs import GIVE_OVERRIDE
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.training.checks import (
     bases,
@@ -75,9 +76,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
 def check(config: Mapping[str, Any]) -> None:
     """Run every check on verl's configuration as a plain mapping. Raises ``UserError``."""
     if MISSING in (get(config, "grad_routing.detector.pairs"),):
-        raise UserError(
-            "grad_routing.detector.pairs", MISSING, "give path.jsonl[@tag,tag] or path.md#section[@tag,tag]"
-        )
+        raise UserError("grad_routing.detector.pairs", MISSING, GIVE_OVERRIDE)
     run = Run(config)
     for one in CHECKS:
         one(run)
