@@ -94,7 +94,7 @@ def test_gradient_fingerprints(preset: str, train: Train) -> None:
 
 @pytest.mark.slow
 def test_masked_advantages(train: Train) -> None:
-    mask = "~grad_routing.intervention.min_kept", "grad_routing.intervention.name=mask_advantage"
+    mask = "~grad_routing.intervention", "+grad_routing.intervention={name: mask_advantage}"
     run = train("screen", STEPS, *SMALL, RULES, *mask, name="mask_advantage")
     assert all(0 <= share < 1 for share in finite(run, "intervention/advantage_mass_removed"))
     assert max(finite(run, "intervention/advantage_mass_removed")) > 0
