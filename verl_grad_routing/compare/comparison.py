@@ -15,6 +15,8 @@ from verl_grad_routing.errors import UserError
 
 CONTROL_MARK = "†"
 CONTROL_NOTE = f"{CONTROL_MARK} control: its detector reads the grader's truth, which no method may"
+LABELS_MARK = "‡"
+LABELS_NOTE = f"{LABELS_MARK} its detector reads a part of the grader's truth, as labels: a yardstick"
 # Overrides in which the runs of one arm may differ: seeds, and where an environment lies that was built with one.
 SEEDS = re.compile(r"^[^=]*(?:seed|\.dir)=")
 MOSTLY = 0.5  # a run has learned to hack when most of its samples do, and clearly more than at the start

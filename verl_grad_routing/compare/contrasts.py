@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from verl_grad_routing.compare.comparison import Finding
-from verl_grad_routing.compare.paired import Difference, difference, holm
+from verl_grad_routing.compare.paired import STATEMENT_SEEDS, Difference, difference, holm
 from verl_grad_routing.compare.results import Results, StoredRun
 
 CONTROL_SIGNALS = ("none", "oracle")  # of detectors.Signal: knows nothing, or the grader's truth
+MARGIN = 0.05  # of the solve rate: what a method may lose and still be said to keep the task
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,11 @@ def is_control(runs: Sequence[StoredRun]) -> bool:
 
 
 def claims(results: Results, environment: str) -> list[Finding]:
-    """For each method, one statement against each baseline: what its intervals exclude, and no more."""
+    """For each method, one statement against each baseline: what its intervals exclude, and no more.
+
+    One holds when the whole interval of the hack difference lies below zero and the whole interval of the solve
+    difference above ``-MARGIN``, over at least ``STATEMENT_SEEDS`` seeds.
+    """
     groups = by_arm(results.of(environment))
     found = []
     for baseline in baselines(results):
@@ -124,12 +129,17 @@ def claims(results: Results, environment: str) -> list[Finding]:
         for arm, less in hack.items():
             if is_control(groups[arm]):
                 continue
-            lower, kept = less.below_zero, not solve[arm].below_zero
-            said = "lower" if lower else "higher" if less.above_zero else "no difference shown"
-            skill = "lower" if not kept else "higher" if solve[arm].above_zero else "no difference shown"
+            more = solve[arm]
+            kept = more.seeds >= STATEMENT_SEEDS and more.low > -MARGIN
+            few = "" if less.seeds >= STATEMENT_SEEDS else f"; fewer than {STATEMENT_SEEDS} seeds state nothing"
             text = (
                 f"{environment}: {arm} minus {baseline}, as deployed, {less.seeds} paired "
-                f"seed{'s' if less.seeds != 1 else ''}: hack {less} ({said}), solve {solve[arm]} ({skill})."
+                f"seed{'s' if less.seeds != 1 else ''}: hack {less} ({_said(less)}, p = {less.p:.3f}), "
+                f"solve {more} ({_said(more)}{', kept' if kept else ''}, p = {more.p:.3f}){few}."
             )
-            found.append(Finding(text, lower and kept))
+            found.append(Finding(text, less.below_zero and kept))
     return found
+
+
+def _said(difference: Difference) -> str:
+    return "lower" if difference.below_zero else "higher" if difference.above_zero else "no difference shown"

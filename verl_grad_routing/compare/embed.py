@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from verl_grad_routing.compare.comparison import CONTROL_NOTE
 from verl_grad_routing.compare.formats import to_markdown
-from verl_grad_routing.compare.grid_tables import arms_table
+from verl_grad_routing.compare.grid_tables import arms_table, mark_notes
 from verl_grad_routing.compare.results import Results, load_results
 from verl_grad_routing.errors import UserError
 
@@ -46,5 +45,5 @@ def _rates(results: Results) -> str:
     left = f", {len(results.failures)} failed" if results.failures else ""
     seeds = ", ".join(map(str, results.grid["seeds"]))
     note = f"{done} of {every} runs (seeds {seeds}) have finished{left}. Brackets: 95% bootstrap intervals over seeds."
-    control = f" {CONTROL_NOTE}." if any(run.record.control for run in results.runs) else ""
-    return "".join(tables) + f"\n{note}{control}\n\n"
+    marks = "".join(f" {text}." for text in mark_notes(results.runs))
+    return "".join(tables) + f"\n{note}{marks}\n\n"

@@ -5,25 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from verl_grad_routing.compare.comparison import CONTROL_MARK, CONTROL_NOTE, labels
-from verl_grad_routing.compare.contrasts import MEASURES, Measure, baselines, by_arm, by_seed, contrasts, hack_by_type
-from verl_grad_routing.compare.paired import ALPHA, POWER, estimate, least_p
+from verl_grad_routing.compare.comparison import CONTROL_MARK, CONTROL_NOTE, LABELS_MARK, LABELS_NOTE, labels
+from verl_grad_routing.compare.contrasts import (
+    HACK,
+    MEASURES,
+    SOLVE,
+    Measure,
+    baselines,
+    by_arm,
+    by_seed,
+    contrasts,
+    hack_by_type,
+)
+from verl_grad_routing.compare.paired import ALPHA, POWER, STATEMENT_SEEDS, estimate, least_p
 from verl_grad_routing.compare.results import Results, StoredRun
 from verl_grad_routing.compare.statistics import CONFIDENCE, Rate
 from verl_grad_routing.compare.tables import NONE, Table
 
 SELECTION = "val"  # the split that settings are chosen on
+LABELS = "labels"  # of detectors.Signal
 Groups = Mapping[str, Sequence[StoredRun]]
 
 
 def arms_table(results: Results, environment: str) -> Table:
-    """Every arm's rates over its seeds."""
+    """Every arm's rates over its seeds, and what its worst seed deploys: an average hides the one that failed."""
     rows = []
     for arm, runs in by_arm(results.of(environment)).items():
         values = [list(by_seed(runs, measure).values()) for measure in MEASURES]
         cells = [str(estimate(rates)) if rates else NONE for rates in values]
-        rows.append([marked(arm, runs), runs[0].signal, str(len(runs)), *cells])
+        worst = [f"{max(by_seed(runs, HACK).values()):.2f}", f"{min(by_seed(runs, SOLVE).values()):.2f}"]
+        rows.append([marked(arm, runs), runs[0].signal, str(len(runs)), *cells, *worst])
     header = ["arm", "signal", "seeds", *(measure.title for measure in MEASURES)]
+    header += ["most hack of a seed, as deployed", "least solve of a seed, as deployed"]
     return Table(f"{environment}: rates after training, interquartile mean over seeds", header, rows)
 
 
@@ -121,31 +134,43 @@ def versions_table(results: Results) -> Table:
 def grid_notes(results: Results) -> list[str]:
     """What a reader must know to read the tables."""
     seeds = results.grid["seeds"]
-    reachable = least_p(len(seeds))
+    groups = by_arm(results.runs).values()
+    most = max((len({run.record.seed for run in runs}) for runs in groups), default=len(seeds))
+    reachable = least_p(most)
     unreachable = f", so none below {ALPHA:g}: read the intervals" if reachable > ALPHA else ""
     said = [
-        f"Rates over seeds are interquartile means (arXiv 2108.13264) with {CONFIDENCE:.0%} percentile bootstrap "
-        f"intervals over seeds; single runs have Wilson intervals. Seeds: {', '.join(map(str, seeds))}.",
-        f"Differences are paired by seed: the mean, its {CONFIDENCE:.0%} bootstrap interval, the exact two-sided "
-        f"sign-flip p, and that p after Holm's correction over the arms of the column. {len(seeds)} seeds can give no "
-        f"p below {reachable:.3g}{unreachable}. Bootstrap intervals of few seeds are somewhat too narrow.",
-        "Detectable: the mean paired difference that as many seeds, scattering as these did, would find with "
-        f"{POWER:.0%} power (two-sided paired t test at {ALPHA:g}, one comparison).",
+        f"Rates over seeds are interquartile means (arXiv 2108.13264) with {CONFIDENCE:.0%} bootstrap intervals over "
+        "seeds, expanded for their small number (arXiv 1411.5279); the worst seed stands beside them. Single runs have "
+        f"Wilson intervals, which take samples as independent. Seeds: {', '.join(map(str, seeds))}.",
+        f"Differences are paired by seed: the mean, its {CONFIDENCE:.0%} bootstrap interval, the two-sided "
+        f"sign-flip p, and that p after Holm's correction over the arms of the column. {most} seeds can give no "
+        f"p below {reachable:.3g}{unreachable}, and no interval of theirs covers more than {1 - reachable:.0%}. Fewer "
+        f"than {STATEMENT_SEEDS} seeds state nothing.",
+        "Detectable, for planning: the mean paired difference that as many seeds, scattering as these did, would find "
+        f"with {POWER:.0%} power (two-sided paired t test at {ALPHA:g}, one comparison). What these exclude their "
+        "intervals say.",
     ]
     for place in results.grid["environments"]:
         split = place["split"]
         purpose = ": these numbers are for choosing settings, report from another split" if split == SELECTION else ""
         said.append(f"{place['name']}: rates after training are of the split {split}{purpose}.")
-    if any(run.record.control for run in results.runs):
-        said.append(f"{CONTROL_NOTE}.")
+    said += [f"{text}." for text in mark_notes(results.runs)]
     if results.extra:
         said.append(f"Results of cells that this grid does not have, left out: {', '.join(results.extra)}.")
     return said
 
 
 def marked(arm: str, runs: Sequence[StoredRun]) -> str:
-    """The arm's name, marked where its detector reads the truth."""
-    return f"{arm} {CONTROL_MARK}" if runs[0].record.control else arm
+    """The arm's name, marked where its detector reads the truth or a part of it."""
+    mark = CONTROL_MARK if runs[0].record.control else LABELS_MARK if runs[0].signal == LABELS else ""
+    return f"{arm} {mark}".rstrip()
+
+
+def mark_notes(runs: Sequence[StoredRun]) -> list[str]:
+    """What the marks of these runs' arms mean."""
+    controls = any(run.record.control for run in runs)
+    labelled = any(run.signal == LABELS and not run.record.control for run in runs)
+    return [CONTROL_NOTE] * controls + [LABELS_NOTE] * labelled
 
 
 def _counted(rate: Rate) -> str:

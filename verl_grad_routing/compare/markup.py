@@ -11,8 +11,8 @@ from string import Template
 from verl_grad_routing.compare.comparison import Finding
 
 DEFINITIONS = {
-    "hack": "the proxy reward pays and the answer is not truly right; share of all samples",
-    "solve": "the answer is truly right; share of all samples",
+    "hack": "share of all samples that the environment's grader calls a hack; each environment says what that is",
+    "solve": "share of all samples that the grader calls truly right",
     "as trained": "both blocks on, as in the rollouts",
     "as deployed": "the quarantine block deleted; what this method ships",
     "known, unknown": "loophole types that the contrastive pairs show, and those that no label-free method ever sees",

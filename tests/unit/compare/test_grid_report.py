@@ -39,11 +39,15 @@ DEPLOYED = {"off": None, "random": 50, "persona": 3, "oracle": 0}
 @pytest.fixture
 def results(make_run, write_grid, tmp_path: Path) -> Path:
     """Four arms, three seeds; ``oracle``'s last cell failed, ``random``'s last is unfinished."""
-    grid = load_grid(write_grid(arms=list(DEPLOYED), seeds=list(SEEDS), control="random", steps=10))
+    return made(make_run, write_grid, tmp_path, SEEDS)
+
+
+def made(make_run, write_grid, tmp_path: Path, seeds: tuple[int, ...]) -> Path:
+    grid = load_grid(write_grid(arms=list(DEPLOYED), seeds=list(seeds), control="random", steps=10))
     folder = tmp_path / "results"
     results_module.write_grid(folder, grid)
     for arm, left in DEPLOYED.items():
-        for seed in SEEDS:
+        for seed in seeds:
             cell = cell_of(arm, seed, tmp_path)
             if (arm, seed) == ("oracle", 2):
                 write_failed(folder, cell, "ValueError: out | of luck")
@@ -91,13 +95,40 @@ def test_differences_by_hand(results: Path) -> None:
     assert against_random["persona"].seeds == 2 and against_random["persona"].mean == pytest.approx(-47 * 4 / 256)
 
 
-def test_claims_follow_the_intervals(results: Path) -> None:
-    found = claims(load_results(results), "toy")
+def test_claims_follow_the_intervals(make_run, write_grid, tmp_path: Path) -> None:
+    found = claims(load_results(made(make_run, write_grid, tmp_path, tuple(range(7)))), "toy")
     assert [claim.text.split(":")[1].split(",")[0].strip() for claim in found] == [
         "persona minus off", "persona minus random",
     ]  # fmt: skip
     assert all(claim.holds for claim in found)  # controls make no claims
-    assert "3 paired seeds: hack -0.89 [-0.89, -0.89] (lower)" in found[0].text
+    assert "7 paired seeds: hack -0.88 [-0.89, -0.87] (lower, p = 0.016), solve +" in found[0].text, found[0].text
+
+
+def test_few_seeds_claim_nothing(results: Path) -> None:
+    found = claims(load_results(results), "toy")
+    assert not any(claim.holds for claim in found)
+    assert "3 paired seeds: hack -0.89 [-0.89, -0.89] (no difference shown, p = 0.250)" in found[0].text
+    assert found[0].text.endswith("; fewer than 5 seeds state nothing.")
+
+
+def test_an_average_does_not_hide_the_worst_seed(make_run, write_grid, tmp_path: Path) -> None:
+    folder = made(make_run, write_grid, tmp_path, tuple(range(5)))
+    path = folder / "toy.persona.seed-3.json"
+    data = json.loads(path.read_text())
+    data["validations"][-1]["overall"]["hack"] = 256
+    path.write_text(json.dumps(data))
+    table = arms_table(load_results(folder), "toy")
+    row = next(row for row in table.rows if row[0] == "persona")
+    hack, worst = (table.header.index(name) for name in (HACK.title, "most hack of a seed, as deployed"))
+    assert row[worst] == "1.00" and float(row[hack].split()[0]) < 0.1
+
+
+def test_labels_are_marked_as_a_part_of_the_truth(results: Path) -> None:
+    for path in results.glob("toy.persona.*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"signal": "labels"}))
+    found = load_results(results)
+    assert [row[0] for row in arms_table(found, "toy").rows] == ["off", "random", "persona ‡", "oracle †"]
+    assert sum(note.startswith(("†", "‡")) for note in grid_notes(found)) == 2
 
 
 def test_tables(results: Path) -> None:

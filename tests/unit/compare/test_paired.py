@@ -12,6 +12,7 @@ from verl_grad_routing.compare.paired import (
     detectable,
     difference,
     estimate,
+    expanded,
     holm,
     interquartile_mean,
     least_p,
@@ -61,14 +62,29 @@ def test_difference_is_paired() -> None:
 
 
 def test_bootstrap_interval_is_that_of_all_resamples() -> None:
-    """Three seeds have 27 equally likely resamples; their 2.5% and 97.5% quantiles are the extremes."""
+    """Three seeds have 27 equally likely resamples; their outer quantiles are the extremes."""
     found = difference([0.0, 0.3, 0.9], [0.0, 0.0, 0.0])
     assert (found.low, found.high) == pytest.approx((0.0, 0.9))
     five = [0.0, 0.1, 0.2, 0.3, 0.9]
     means = np.array(np.meshgrid(*[five] * 5)).reshape(5, -1).mean(axis=0)
-    low, high = np.quantile(means, [0.025, 0.975])
+    tail = (1 - expanded(0.95, 5)) / 2
+    assert tail == pytest.approx(stats.norm.cdf(-math.sqrt(5 / 4) * 2.7764451), rel=1e-5)  # t with 4 degrees of freedom
+    low, high = np.quantile(means, [tail, 1 - tail])
     found = difference(five, [0.0] * 5)
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.021)  # one step of the resampled means
+    assert expanded(0.95, 10**6) == pytest.approx(0.95, abs=1e-5)
+
+
+@pytest.mark.parametrize(("seeds", "covers"), [(3, 0.75), (5, 0.92), (8, 0.94)])
+def test_intervals_cover_what_so_few_seeds_allow(seeds: int, covers: float) -> None:
+    draws = np.random.default_rng(0).normal(size=(300, seeds))
+    found = [difference(row, np.zeros(seeds)) for row in draws]
+    assert np.mean([entry.low <= 0 <= entry.high for entry in found]) == pytest.approx(covers, abs=0.045)
+
+
+def test_few_seeds_state_nothing() -> None:
+    assert not difference([0.0] * 4, [1.0] * 4).below_zero and difference([0.0] * 5, [1.0] * 5).below_zero
+    assert not difference([1.0] * 4, [0.0] * 4).above_zero and difference([1.0] * 5, [0.0] * 5).above_zero
 
 
 def test_one_seed_has_no_interval_and_claims_nothing() -> None:
