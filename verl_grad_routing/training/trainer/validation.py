@@ -35,8 +35,12 @@ class DeployedValidation(Core):
                 found = super()._validate()
             metrics |= {f"val/{view}/{key}": value for key, value in found.items()}
             if view == "swapped":
-                self.intervention.observe(self.global_steps, {"swapped_reward": mean_reward(found)})
+                self._measured({"swapped_reward": mean_reward(found)})
         return metrics
+
+    def _measured(self, measures: Mapping[str, float]) -> None:
+        """Tell schedules what a validation has measured."""
+        self.intervention.observe(self.global_steps, measures)
 
     @contextmanager
     def _exported(self, view: str, blocks: tuple[str, ...]) -> Iterator[None]:
