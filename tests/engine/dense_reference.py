@@ -28,6 +28,7 @@ PARAMETER_MASKING: Masks = {0: ((1, 0), (1, 0), ON), 1: (ON, ON, ON), 2: (ON, (0
 GRADIENT_ROUTING: Masks = {**PARAMETER_MASKING, 2: (ON, ON, (0, 1))}
 ACTIVATION_MASKING: Masks = {**PARAMETER_MASKING, 2: ((0, 1), (0, 1), ON)}
 CLOUD: Masks = {0: (ON, ON, ON), 1: (ON, ON, ON), 2: (ON, ON, (-0.75, 1))}
+CLOUD_OFF_TARGET: Masks = {**CLOUD, 0: (ON, ON, (1, 0)), 1: (ON, ON, (1, 0))}
 
 
 def quarantine_of(name: str, shape: torch.Size) -> Tensor:

@@ -12,9 +12,12 @@ import torch
 
 from tests.engine.rollouts import ABSORB, KEEP, LAYERS, RICH, ROUTE, Rollout, routed
 from tests.engine.scenarios_probe import FEEDS, vectors
+from tests.engine.scenarios_quarantine_off import FEEDS as OFF_FEEDS
+from tests.engine.scenarios_quarantine_off import half_off
 from tests.engine.world import World, actor_loss, adapters_of, batch, scenario, state
 from verl_grad_routing.routing import DEFAULT, STRICT
 from verl_grad_routing.training.gradient_comparison import ASKED, COLUMNS, OLD_LOG_PROBS, Variant, compare_gradients
+from verl_grad_routing.training.masks import OFF_TABLE, TABLE
 from verl_grad_routing.training.probe import Project, Projections
 
 TABLES = {"strict": STRICT}
@@ -41,14 +44,17 @@ def compared(world: World, engine: Any, rollouts: list[Rollout], stale: bool = F
     mine = world.mine(rows["arm"])
     if stale:  # the run's own method has rewritten its old log-probs; shadows start from those that were sampled
         mine = [replace(row, old_log_probs=row.old_log_probs - 9.0) for row in mine]
-    data = batch(mine, len(rollouts), RICH, table=DEFAULT, **feed)
+    off = any(row.off for row in rollouts)
+    data = batch(mine, len(rollouts), RICH, table=DEFAULT, sampled=off, **feed)
     variants = []
     for index, (name, changed) in enumerate(rows.items()):
         own = batch(world.mine(changed), len(rollouts), RICH, **feed)
         prefix = "" if name == "arm" else f"variant_{index}_"
         for column in COLUMNS if prefix else ():
             data[f"{prefix}{column}"] = own[column]
-        variants.append(Variant(name, prefix, TABLES.get(name, DEFAULT)))
+        table = TABLES.get(name, DEFAULT)
+        tables = {TABLE: table, OFF_TABLE: table.without_quarantine()} if off else {TABLE: table}
+        variants.append(Variant(name, prefix, tables))
     data[OLD_LOG_PROBS] = batch(world.mine(rows["arm"]), len(rollouts), RICH)["old_log_probs"]
     batch_settings = {"use_dynamic_bsz": False, "max_token_len_per_gpu": None, "micro_batch_size_per_gpu": 1}
     from verl.utils import tensordict_utils as tu
@@ -78,6 +84,8 @@ def comparison(world: World) -> dict[str, Any]:
     for name, feed in {"packed": {"micro": 3}, "padded": {"micro": 2, "packed": False}}.items():
         found[name] = compared(world, engine, world.rollouts, **feed)
     found["stale"] = compared(world, engine, world.rollouts, stale=True, micro=3)
+    for name, feed in OFF_FEEDS.items():
+        found[f"quarantine off {name}"] = compared(world, engine, half_off(world.rollouts), **feed)
     found["replicated"] = compared(world, world.engine(fsdp={"fsdp_size": 1}), world.rollouts, micro=3)
     found["projections"] = _projections(world, engine)
     found["left"] = _what_is_left(world)

@@ -70,6 +70,8 @@ def token_dense_gradients(world: World) -> dict[str, Any]:
     for name, feed in {"weights": {"micro": 3}, "weights padded": {"micro": 2, "packed": False}}.items():
         found[name] = world.gradients(engine, with_token_weights(world.rollouts), table=alpha, **feed)
     found["weights and routes"] = world.gradients(engine, with_token_weights(rows), table=alpha, micro=3)
+    off_target = table("cloud", alpha=-0.75, off_target=0.0)
+    found["weights off target"] = world.gradients(engine, with_token_weights(rows), table=off_target, micro=3)
     flat = [replace(row, token_weights=(0.0,) * len(row.tokens)) for row in world.rollouts]
     found["weights of zero"] = world.gradients(engine, flat, table=alpha, micro=3)
     found["no weights"] = world.gradients(engine, world.rollouts, table=alpha, micro=3)

@@ -12,6 +12,9 @@ from tests.engine.reference import DEFAULT, STRICT, Reference
 from tests.engine.rollouts import KEEP, RICH, Rollout
 from tests.engine.scenarios_comparison import methods
 from tests.engine.scenarios_probe import FEEDS
+from tests.engine.scenarios_quarantine_off import FEEDS as OFF_FEEDS
+from tests.engine.scenarios_quarantine_off import half_off
+from tests.engine.test_quarantine_off import ALONE, OFF
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -20,15 +23,25 @@ NAMES = ("same", "absorb", "strict", "all routed", "screened", "reversed", "kept
 
 @pytest.fixture(scope="module")
 def expected(reference, inputs) -> dict[str, float]:
+    return cosines(reference(), inputs.rollouts)
+
+
+@pytest.fixture(scope="module")
+def expected_off(reference, inputs) -> dict[str, float]:
+    """Where half of the rows were sampled with the quarantine off, and train so."""
+    return cosines(reference(), half_off(inputs.rollouts))
+
+
+def cosines(own: Reference, rollouts: list[Rollout]) -> dict[str, float]:
     """From whole gradients of the reference, one rollout at a time, in float64."""
-    own = reference()
     found: dict[str, float] = {}
     gradients = {}
-    for name, rows in methods(inputs.rollouts).items():
+    for name, rows in methods(rollouts).items():
         if name == "kept":  # under another gate than they were sampled under: their ratio starts at 1
             rows = [replace(row, old_log_probs=_under_its_gate(own, row)) for row in rows]
+        rows = [replace(row, route=row.route + OFF * row.off) for row in rows]
         if name in ("arm", *NAMES):
-            gradients[name] = own.gradients(rows, RICH, STRICT if name == "strict" else DEFAULT)
+            gradients[name] = own.gradients(rows, RICH, {**(STRICT if name == "strict" else DEFAULT), **ALONE})
     for name in NAMES:
         for key, block in (("gradient_cosine", ".lora_"), ("gradient_cosine_deployed", ".default.")):
             ours, theirs = (
@@ -43,7 +56,9 @@ def expected(reference, inputs) -> dict[str, float]:
 
 
 def _under_its_gate(own: Reference, row: Rollout) -> torch.Tensor:
-    return own.log_probs(row, (1, 0), RICH.temperature).detach() if row.route == KEEP else row.old_log_probs
+    if row.route != KEEP or row.off:
+        return row.old_log_probs
+    return own.log_probs(row, (1, 0), RICH.temperature).detach()
 
 
 @pytest.mark.parametrize("feed", ["packed", "padded", "stale", "replicated"])
@@ -51,6 +66,14 @@ def test_cosines_are_those_of_the_reference(feed, world, expected):
     found = world["comparison"][feed]
     for key, want in expected.items():
         assert math.isnan(found[key]) if math.isnan(want) else found[key] == pytest.approx(want, abs=2e-5), key
+
+
+@pytest.mark.parametrize("feed", OFF_FEEDS)
+def test_rows_sampled_with_the_quarantine_off_train_so_in_every_gradient(feed, world, expected_off):
+    found = world["comparison"][f"quarantine off {feed}"]
+    for key, want in expected_off.items():
+        assert math.isnan(found[key]) if math.isnan(want) else found[key] == pytest.approx(want, abs=2e-5), key
+    assert expected_off["same/gradient_cosine"] == pytest.approx(1) == expected_off["same/gradient_norm_ratio"]
 
 
 def test_the_cases_differ(expected):

@@ -75,12 +75,21 @@ def test_routes_of_tokens_with_dense_blocks(case, world, dense, inputs):
     assert error(world["token_dense_gradients"][case], wanted) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["weights", "weights padded", "weights and routes"])
+WEIGHTS = {  # case -> (table, whether tokens have routes of their own)
+    "weights": (dense_reference.CLOUD, False),
+    "weights padded": (dense_reference.CLOUD, False),
+    "weights and routes": (dense_reference.CLOUD, True),
+    "weights off target": (dense_reference.CLOUD_OFF_TARGET, True),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
 def test_weights_of_tokens_scale_what_comes_back_to_units(case, world, dense, inputs):
-    rows = with_token_routes(inputs.rollouts) if "routes" in case else inputs.rollouts
-    wanted = dense.gradients(with_token_weights(rows), PLAIN, dense_reference.CLOUD)
+    table, by_token = WEIGHTS[case]
+    rows = with_token_routes(inputs.rollouts) if by_token else inputs.rollouts
+    wanted = dense.gradients(with_token_weights(rows), PLAIN, table)
     assert error(world["token_dense_gradients"][case], wanted) < 1e-5
-    flat = dense.gradients(rows, PLAIN, dense_reference.CLOUD)
+    flat = dense.gradients(rows, PLAIN, table)
     assert error(flat, wanted) > 1e-2  # what the weights are about
 
 

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests.engine.dense_reference import DenseReference, Masks
 from tests.engine.reference import DEFAULT, Pair, Reference, block_of
-from tests.engine.rollouts import ADAPTERS, PLAIN, Loss, Rollout
+from tests.engine.rollouts import ADAPTERS, PLAIN, ROUTE, Loss, Rollout
 
 
 def routes_by_position(row: Rollout) -> list[int]:
@@ -150,7 +150,8 @@ class TokenDenseReference(DenseReference):
                 for name, value in self.values.items()
             }
             gate, update, alpha = (stacked([table[r][part] for r in routes]) for part in (0, 1, 2))
-            weight = torch.tensor(row.token_weights or [0.0] * length, dtype=torch.float64)[:, None]
+            flagged = torch.tensor([route == ROUTE for route in routes], dtype=torch.float64)
+            weight = (flagged * torch.tensor(row.token_weights or [0.0] * length, dtype=torch.float64))[:, None]
             self.alphas = alpha * (1 - weight) + weight
             own = torch.autograd.grad(self.row_loss(row, gate, loss, rows), list(self.copies.values()))
             for (name, flags), gradient in zip(self.flags.items(), own, strict=True):

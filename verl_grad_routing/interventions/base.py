@@ -73,9 +73,10 @@ class Intervention(ABC):
 
     @property
     def token_weights_V(self) -> Tensor | None:
-        """Weights [V] in [0, 1] of the vocabulary's tokens, where routes act on some tokens less than on others.
+        """Weights [V] in [0, 1] of the vocabulary's tokens, where ROUTE acts on some tokens less than on others.
 
-        At a position where a token of weight w is predicted a factor a of ``activation_gradient`` is a (1 - w) + w.
+        At a position with this route where a token of weight w is predicted a factor a of ``activation_gradient`` is
+        a (1 - w) + w; the factors of other routes stay as they are.
         """
         return None
 

@@ -34,11 +34,16 @@ OLD_LOG_PROBS = "variant_old_log_probs"
 
 @dataclass(frozen=True)
 class Variant:
-    """A method's masks and advantages: column ``advantages`` of the engine is column ``{prefix}advantages``."""
+    """A method's masks and advantages: column ``advantages`` of the engine is column ``{prefix}advantages``.
+
+    Attributes:
+        tables: What its routes mean, under the engine's names: ``routing_table``, and ``quarantine_off_table`` where
+            rollouts are sampled so.
+    """
 
     name: str
     prefix: str
-    table: RoutingTable
+    tables: Mapping[str, RoutingTable]
 
 
 def compare_gradients(worker: Any, data: TensorDict) -> dict[str, float]:
@@ -94,7 +99,7 @@ def _under(variant: Variant, data: TensorDict, variants: Sequence[Variant]) -> T
     if OLD_LOG_PROBS in data:
         chosen["old_log_probs"] = data[OLD_LOG_PROBS]
     # nothing has been stepped yet, so rows under another gate than they were sampled under start at ratio 1
-    tu.assign_non_tensor(chosen, routing_table=variant.table, **{CURRENT: True})
+    tu.assign_non_tensor(chosen, **variant.tables, **{CURRENT: True})
     return chosen
 
 

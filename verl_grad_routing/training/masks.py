@@ -17,7 +17,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from verl.utils import tensordict_utils as tu
 
-from verl_grad_routing.routing import RoutingTable, activation_gradients, block_masks
+from verl_grad_routing.routing import Route, RoutingTable, activation_gradients, block_masks
 
 TABLE = "routing_table"
 """Non-tensor: what every route means."""
@@ -37,7 +37,7 @@ before it; all other positions of a row, the prompt's among them, have the row's
 
 TOKEN_WEIGHT = "token_weight"
 """Jagged column [B, (L)], float32: at every position of a row the weight in [0, 1] of the token predicted there.
-1 takes the token out of what its route does to activation gradients, see ``activation_gradients_of``."""
+1 takes the token out of what ROUTE does to activation gradients, see ``activation_gradients_of``."""
 
 
 def routing_table(data: TensorDict) -> RoutingTable | None:
@@ -76,14 +76,16 @@ def routes_of(data: TensorDict) -> Tensor:
 def activation_gradients_of(data: TensorDict) -> Tensor | None:
     """Factors on the gradient of units' outputs, float32 [N, 2]; ``None`` without a table.
 
-    A factor a becomes ``a + (1 - a) w`` where the token that is predicted has the weight w.
+    At a position with route ROUTE a factor a becomes ``a + (1 - a) w``, w the weight of the token predicted there.
     """
     table = routing_table(data)
     if table is None:
         return None
-    factors_N2 = activation_gradients(routes_of(data), table)
+    routes_N = routes_of(data)
+    factors_N2 = activation_gradients(routes_N, table)
     if TOKEN_WEIGHT in data:
-        weights_T1 = torch.cat(data[TOKEN_WEIGHT].unbind()).to(factors_N2)[:, None]
+        weights_T = torch.cat(data[TOKEN_WEIGHT].unbind()).to(factors_N2)
+        weights_T1 = torch.where(routes_N == Route.ROUTE, weights_T, 0.0)[:, None]
         factors_N2 = factors_N2 + (1 - factors_N2) * weights_T1
     return factors_N2
 

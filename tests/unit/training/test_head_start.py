@@ -55,6 +55,7 @@ def test_what_a_validation_changes_reaches_the_checkpoint_that_was_written_befor
     saved: list[int] = []
     trainer: Any = SimpleNamespace(intervention=router.intervention, global_steps=10, resumed_at=10, saved_at=None)
     trainer._save_state = lambda: saved.append(trainer.global_steps)
+    trainer._measured = lambda measures: DeployedValidation._measured(trainer, measures)
 
     def observe(reward: float) -> int | None:
         DeployedValidation._observe(trainer, {"swapped_reward": reward})

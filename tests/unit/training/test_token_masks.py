@@ -67,6 +67,18 @@ def test_a_factor_of_a_routed_token_by_its_weight() -> None:
     assert rows.tolist() == [[1, 1], [-0.75, 1]]
 
 
+def test_weights_leave_what_is_not_routed_as_it_is() -> None:
+    """``off_target`` 0 at the quarantine's units of every position that is not flagged, whatever its weight."""
+    table = INTERVENTIONS.build({"name": "cloud", "alpha": -0.75, "off_target": 0.0}, "i").table
+    weights = jagged([0.0, 0.5, 1.0, 0.5, 1.0], [0.0, 0.5, 1.0, 1.0])
+    found = masks.activation_gradients_of(batch(table, token_weight=weights))
+    assert found[:, 1].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert found[:, 0].tolist() == [1, 1, 1, 1, 1, -0.75, 0.125, 1, 1]
+    found = masks.activation_gradients_of(batch(table, token_weight=weights, **TOKENS))
+    assert found[:, 1].tolist() == [0, 1, 0, 0, 0, 1, 1, 0, 1]
+    assert found[:, 0].tolist() == [1, 0.125, 1, 1, 1, -0.75, 0.125, 1, 1]
+
+
 def test_row_weights_and_rows_sampled_without_the_quarantine_reach_every_position() -> None:
     data = batch(route_weight=torch.tensor([0.5, 1.0]), **TOKENS)
     assert masks.masks_of(data)[1][:5, 0].tolist() == [0.5, 0, 0.5, 0.5, 0.5]

@@ -13,7 +13,7 @@ import dataclasses
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,7 @@ from verl_grad_routing.shadows import ARM, Shadow, build_shadows, told_of
 from verl_grad_routing.training.agreement import mass_discarded, rank_correlation, verdict_agreement
 from verl_grad_routing.training.columns import part_of, read, real_rows, write
 from verl_grad_routing.training.gradient_comparison import ASKED, OLD_LOG_PROBS, Variant
+from verl_grad_routing.training.masks import TABLE
 from verl_grad_routing.training.random_state import same_random_state
 from verl_grad_routing.training.router import Router
 from verl_grad_routing.training.shadow_state import load_states, save_states
@@ -41,12 +42,12 @@ ROUTER_METRICS = ("routing/", "detector/", "gate/")
 
 @dataclass(frozen=True)
 class Taught:
-    """What a method makes of the batch: columns of all N rows, as the engine would train on them."""
+    """What a method makes of the batch: columns of all N rows and tables, as the engine would train on them."""
 
     advantages: list[Tensor]
     masks: dict[str, list[Tensor]]
     routes_N: Tensor
-    table: RoutingTable
+    tables: Mapping[str, RoutingTable]
 
     def columns(self, prefix: str) -> dict[str, Any]:
         named = {"advantages": self.advantages, **self.masks, "route": self.routes_N}
@@ -132,11 +133,16 @@ class Comparing(Learning):
         detector = shadow.methods.detector
         bare = dataclasses.replace(view, activation_scores_BD=None, fingerprints_BF=None)
         seen = self._seen_by(detector, part_of(batch, real_rows(batch)), bare)
-        theirs, metrics = self.shadow_routers[shadow.name].decide(seen)
+        theirs, metrics = self._decided(self.shadow_routers[shadow.name], batch, seen)
         own = {key.partition("/")[2]: value for key, value in metrics.items() if not key.startswith(ROUTER_METRICS)}
         if "detector/auroc" in metrics:
             own["auroc"] = metrics["detector/auroc"]
         return theirs, own
+
+    def _measured(self, measures: Mapping[str, float]) -> None:
+        super()._measured(measures)
+        for shadow in self.shadows:
+            shadow.methods.intervention.observe(self.global_steps, measures)
 
     # ---- advantages ----
 
@@ -152,13 +158,14 @@ class Comparing(Learning):
             with self._shaped_rewards(batch, judged, {}):
                 written = self._advantages(batch, rejected, {})
             self._shaped_advantages(written, judged, {})
+            tables = self._tables()
         data = read(batch, "advantages", *MASKS)
         masks = {name: list(data[name].unbind()) for name in MASKS}
         write(batch, before)
         routes_N = torch.full((len(batch.keys),), int(Route.ABSORB), dtype=torch.int64)
         if intervention.uses_routes:
             routes_N[real_rows(batch)] = judged.routes_B
-        return Taught(list(data["advantages"].unbind()), masks, routes_N, intervention.table_at(self.global_steps))
+        return Taught(list(data["advantages"].unbind()), masks, routes_N, tables)
 
     @contextmanager
     def _standing_in(self, intervention: Intervention) -> Iterator[None]:
@@ -177,7 +184,7 @@ class Comparing(Learning):
     def _discarded(self, batch: KVBatchMeta, plain: Taught, taught: Taught) -> float:
         """See ``agreement.mass_discarded``: routes withhold from the deployed block, the rest acts on advantages."""
         real = real_rows(batch)
-        _, updates_32 = taught.table.as_tensors()
+        _, updates_32 = taught.tables[TABLE].as_tensors()
         update_B = updates_32[taught.routes_N[real]][:, 0]
         return mass_discarded(_padded(plain, real), _padded(taught, real), update_B)
 
@@ -200,7 +207,7 @@ class Comparing(Learning):
         columns: dict[str, Any] = {OLD_LOG_PROBS: self._old_log_probs}
         variants = []
         for index, (name, taught) in enumerate(self._taught.items()):
-            variants.append(Variant(name, f"variant_{index}_", taught.table))
+            variants.append(Variant(name, f"variant_{index}_", taught.tables))
             columns |= taught.columns(variants[-1].prefix)
         written = write(batch, columns)
         actor = self.config.actor_rollout_ref.actor

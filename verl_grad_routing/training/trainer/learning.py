@@ -26,7 +26,7 @@ from verl_grad_routing.training.columns import live_rows, part_of, read, real_ro
 from verl_grad_routing.training.engine_hooks import ENGINE_HOOKS
 from verl_grad_routing.training.masks import OFF_TABLE, TABLE, TOKEN_ROUTE, TOKEN_WEIGHT
 from verl_grad_routing.training.own_gate import CURRENT, closed_rows
-from verl_grad_routing.training.router import fact_metrics
+from verl_grad_routing.training.router import Router, fact_metrics
 from verl_grad_routing.training.token_routes import column
 from verl_grad_routing.training.trainer.sampling import off_metrics
 from verl_grad_routing.training.trainer.scoring import Scoring
@@ -44,8 +44,7 @@ class Learning(Scoring):
             metrics.update(off_metrics(view.facts or {}, self.off_of(part_of(batch, real_rows(batch)))))
             if not self.routed:
                 return super()._compute_advantage(batch, metrics)
-            judged, routing_metrics = self.router.decide(view, self._trusted(batch))
-            judged = replace(judged, quarantine_off_B=self.off_of(part_of(batch, real_rows(batch))))
+            judged, routing_metrics = self._decided(self.router, batch, view)
             metrics.update(routing_metrics)
         self._observe(batch, view, judged, metrics)
         with marked_timer("routing", self.timing_raw, color="purple"):
@@ -56,6 +55,11 @@ class Learning(Scoring):
             batch = self._advantages(batch, rejected, metrics)
         with marked_timer("intervention", self.timing_raw, color="purple"):
             return self._shaped_advantages(batch, judged, metrics)
+
+    def _decided(self, router: Router, batch: KVBatchMeta, view: BatchView) -> tuple[Judged, dict[str, float]]:
+        """``router``'s decision on the real rollouts of ``batch``, with what holds for them whoever decides."""
+        judged, metrics = router.decide(view, self._trusted(batch))
+        return replace(judged, quarantine_off_B=self.off_of(part_of(batch, real_rows(batch)))), metrics
 
     def _observe(self, batch: KVBatchMeta, view: BatchView, judged: Judged, metrics: dict) -> None:
         """Called when the batch has been judged and nothing has been written yet; for looking, not for changing."""

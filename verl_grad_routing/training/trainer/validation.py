@@ -39,16 +39,19 @@ class DeployedValidation(Core):
         return metrics
 
     def _observe(self, measures: Mapping[str, float]) -> None:
-        """Tell the intervention's schedule, once a step, and keep what that changed with this step's checkpoint.
+        """Tell schedules what a validation has measured, and keep what that changed with this step's checkpoint.
 
         verl validates after it has saved, and a resumed run validates the step that it resumes from again.
         """
         if self.global_steps == self.resumed_at:
             return
         before = self.intervention.state_dict()
-        self.intervention.observe(self.global_steps, measures)
+        self._measured(measures)
         if self.global_steps == self.saved_at and self.intervention.state_dict() != before:
             self._save_state()
+
+    def _measured(self, measures: Mapping[str, float]) -> None:
+        self.intervention.observe(self.global_steps, measures)
 
     @contextmanager
     def _exported(self, view: str, blocks: tuple[str, ...]) -> Iterator[None]:
