@@ -58,7 +58,7 @@ def test_what_a_validation_changes_reaches_the_checkpoint_that_was_written_befor
     trainer._measured = lambda measures: DeployedValidation._measured(trainer, measures)
 
     def observe(reward: float) -> int | None:
-        DeployedValidation._observe(trainer, {"swapped_reward": reward})
+        DeployedValidation._after_validation(trainer, {"swapped_reward": reward})
         return router.intervention.head_start.reached
 
     assert observe(0.9) is None  # the step it resumed from, validated once more

@@ -49,6 +49,7 @@ def test_advantages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         rewards[-1] = REWARDS[row]
         queue.rows[key] = {
             "uid": "u",
+            "index": 0,
             "prompts": torch.tensor([1]),
             "responses": torch.tensor([4 + (row > 0)] * (1 + row)),
             "response_mask": mask,

@@ -39,6 +39,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
     for index, key in enumerate(KEYS):
         made.rows[key] = {
             "uid": key.split("_")[0],
+            "index": "ab".index(key[0]),
             "prompts": torch.tensor([3, 4]),
             # odd texts are clean; of the first prompt's second part one is flagged, of the second prompt's two are
             "responses": torch.tensor([6 if index in (2, 7, 8) else 5, 2]),

@@ -35,10 +35,10 @@ class DeployedValidation(Core):
                 found = super()._validate()
             metrics |= {f"val/{view}/{key}": value for key, value in found.items()}
             if view == "swapped":
-                self._observe({"swapped_reward": mean_reward(found)})
+                self._after_validation({"swapped_reward": mean_reward(found)})
         return metrics
 
-    def _observe(self, measures: Mapping[str, float]) -> None:
+    def _after_validation(self, measures: Mapping[str, float]) -> None:
         """Tell schedules what a validation has measured, and keep what that changed with this step's checkpoint.
 
         verl validates after it has saved, and a resumed run validates the step that it resumes from again.
