@@ -31,6 +31,7 @@ class Rollout:
     route: int
     weight: float = 1.0
     confession: bool = False
+    padding: bool = False  # verl's own, told apart where confessions are
     off: bool = False  # sampled with the quarantine off
     token_routes: tuple[int, ...] | None = None  # of the response's tokens; then ``route`` is that of all else
     token_weights: tuple[float, ...] | None = None  # at every position, of the token that is predicted there

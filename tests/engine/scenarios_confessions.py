@@ -19,6 +19,13 @@ def mixed(rollouts: list[Rollout]) -> list[Rollout]:
     return [replace(row, confession=index % 3 == 1) for index, row in enumerate(rollouts)]
 
 
+def padded(rollouts: list[Rollout]) -> list[Rollout]:
+    """As ``mixed``, with two answers in the place of which verl has padding."""
+    return [
+        replace(row.silent(), padding=True) if index in (0, 5) else row for index, row in enumerate(mixed(rollouts))
+    ]
+
+
 @scenario(1, 2)
 def confessions(world: World) -> dict[str, Any]:
     """Gradients with some confessions, with none, with nothing else, and without the column."""
@@ -27,6 +34,9 @@ def confessions(world: World) -> dict[str, Any]:
     asked = {"confessing": True, "confession_weight": WEIGHT, "micro": 3}
     found: dict[str, Any] = {name: world.gradients(engine, rows, loss, **asked) for name, loss in LOSSES.items()}
     found["padded"] = world.gradients(engine, rows, RICH, packed=False, **asked)
+    votes = {"confessing": True, "micro": 3}
+    for name, loss in LOSSES.items():
+        found[f"votes, {name}"] = world.gradients(engine, padded(world.rollouts), loss, **votes)
     found["no confession"] = world.gradients(engine, answers, RICH, **asked)
     found["no column"] = world.gradients(engine, answers, RICH, micro=3)
     metrics = world.train(engine, rows, RICH, **asked)

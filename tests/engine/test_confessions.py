@@ -10,7 +10,7 @@ import torch
 from tests.engine.conftest import Results
 from tests.engine.reference import Reference, relative_error
 from tests.engine.rollouts import RICH
-from tests.engine.scenarios_confessions import LOSSES, WEIGHT, mixed
+from tests.engine.scenarios_confessions import LOSSES, WEIGHT, mixed, padded
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -26,6 +26,18 @@ def test_each_loss_has_its_own_denominators(world: Results, reference, inputs, n
     assert relative_error(world["confessions"][name], expected) < 2e-4
     together = own.gradients(rows, loss)
     assert relative_error(together, expected) > 1e-2  # verl's own, over all rows
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_sample_has_one_vote(world: Results, reference, inputs, name: str) -> None:
+    """Six answers and four confessions beside two rows of padding: a weight of 4 / 6, on one rank and on two."""
+    own: Reference = reference()
+    rows = [row for row in padded(inputs.rollouts) if not row.padding]
+    answers, confessions = ([row for row in rows if row.confession is kind] for kind in (False, True))
+    assert (len(answers), len(confessions)) == (6, 4)
+    alone, beside = own.gradients(answers, LOSSES[name]), own.gradients(confessions, LOSSES[name])
+    expected = {key: value + 4 / 6 * beside[key] for key, value in alone.items()}
+    assert relative_error(world["confessions"][f"votes, {name}"], expected) < 2e-4
 
 
 def test_a_step_without_confessions_is_bitwise_the_vanilla_one(world: Results) -> None:

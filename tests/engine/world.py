@@ -190,7 +190,7 @@ def batch(
     if any(row.token_weights is not None for row in rows):
         tensors["token_weight"] = jagged([torch.tensor(row.token_weights) for row in rows])
     if confessing:
-        tensors["confession"] = torch.tensor([int(row.confession) for row in rows])
+        tensors["confession"] = torch.tensor([-1 if row.padding else int(row.confession) for row in rows])
     if weighted:
         tensors["route_weight"] = torch.tensor([row.weight for row in rows])
     if sampled:

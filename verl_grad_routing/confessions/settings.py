@@ -24,7 +24,8 @@ class ConfessionsConfig:
         judge: ``package.module:function`` of (prompt, answer, confession), a number in [0, 1]; or ``gt_judge``.
         mode: ``sealed``; ``seal_broken`` also takes ``penalty`` off an answer whose confession admits something.
         penalty: Of ``seal_broken``, in units of the answer's reward.
-        weight: Of the confessions' loss beside the answers'; ``None`` is p / (1 - p), every sample one vote (paper).
+        weight: Of the confessions' loss beside the answers'; ``None`` is their rows over the answers' in each
+            mini-batch, every sample one vote (paper).
         message: What the model is asked (x_c); ``None`` takes the format's.
         role: Role of that message.
         max_tokens: Length limit of a confession, apart from that of answers.
@@ -76,10 +77,6 @@ class ConfessionsConfig:
     def knows_everything(self) -> bool:
         """The confessions' reward reads the grader's facts, so the run is a control."""
         return self.trains and self.judge == GT_JUDGE
-
-    @property
-    def loss_weight(self) -> float:
-        return self.share / (1 - self.share) if self.weight is None else self.weight
 
     @property
     def divisor(self) -> int:

@@ -139,7 +139,7 @@ class Detector(ABC):
     scores_tokens: ClassVar[bool] = False
     judges_whole_batch: bool = False
     tells_apart: ClassVar[bool] = True
-    score_range: ClassVar[tuple[float, float] | None] = None
+    score_range: tuple[float, float] | None = None
     Config: ClassVar[type]
 
     def __init__(self, config: Any):

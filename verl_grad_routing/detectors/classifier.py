@@ -60,6 +60,7 @@ class Classifier(Detector):
 
     def __init__(self, config: Config):
         super().__init__(config)
+        self.score_range = (config.low, config.high)
         self.classify: Classify = imported(f"{KEY}.function", config.function, "(prompts, responses)")
 
     def score(self, view: BatchView) -> Tensor:

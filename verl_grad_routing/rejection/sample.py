@@ -116,27 +116,23 @@ def _by_transformers(settings: Rft, tokenizer: Any, prompts: Sequence[list[int]]
     import torch
     from transformers import AutoModelForCausalLM
 
+    from verl_grad_routing.decoding import ends_of, generate, pad_on_the_left
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(settings.model)
     model.to(device).eval()
     torch.manual_seed(settings.seed)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or [tokenizer.eos_token_id])
-    how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if settings.temperature > 0:
-        how = {"do_sample": True, "temperature": settings.temperature, "top_p": 1.0, "top_k": 0}
+    pad_on_the_left(tokenizer)
+    pad, ends = tokenizer.pad_token_id, set(ends_of(model, tokenizer))
+    how: dict[str, Any] = {"temperature": settings.temperature, "max_new_tokens": settings.max_tokens}
     responses = []
     for start in range(0, len(prompts), BATCH):
         rows = prompts[start : start + BATCH]
         width = max(map(len, rows))
         ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
         mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-        with torch.inference_mode():
-            out = model.generate(
-                ids_BT, attention_mask=mask_BT, max_new_tokens=settings.max_tokens, pad_token_id=pad, **how
-            )
-        responses += [_until_end(row, ends) for row in out[:, width:].tolist()]
+        new_BN = generate(model, tokenizer, ids_BT, mask_BT, **how)
+        responses += [_until_end(row, ends) for row in new_BN.tolist()]
     return responses
 
 

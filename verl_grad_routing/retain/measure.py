@@ -1,6 +1,6 @@
 """Two numbers of a model: how likely it finds the clean data, and how often its own answers hack and solve.
 
-By plain transformers and PEFT in float32, on an accelerator where there is one. Shapes: B rows, S tokens.
+By plain transformers and PEFT in float32, on an accelerator where there is one. Shapes: B rows, S and N tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from verl_grad_routing.decoding import generate, pad_on_the_left
 from verl_grad_routing.deploy.rates import Rate
 from verl_grad_routing.errors import UserError
 
@@ -106,28 +107,21 @@ def clean_nll(model: Any, rows: Sequence[Row]) -> float:
     return total / count
 
 
-@torch.no_grad()
 def sample(model: Any, tokenizer: Any, file: Path, max_new_tokens: int, seed: int) -> tuple[list[str], list[dict]]:
-    """One answer at temperature 1 to every prompt of ``file``; the same draws for every model and seed."""
+    """One answer at temperature 1 to every prompt of ``file``, as verl samples; the same draws for every model."""
     import pyarrow.parquet as pq
 
     prompts = pq.read_table(file).to_pylist()
-    tokenizer.padding_side = "left"
+    pad_on_the_left(tokenizer)
     torch.manual_seed(seed)
     answers: list[str] = []
     for start in range(0, len(prompts), BATCH):
         chats = [row["prompt"] for row in prompts[start : start + BATCH]]
         texts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
         given = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(model.device)
-        settings = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": max_new_tokens}
-        out_BS = model.generate(
-            input_ids=given["input_ids"],
-            attention_mask=given["attention_mask"],
-            pad_token_id=tokenizer.pad_token_id,
-            **settings,
-        )
-        new_BS = out_BS[:, given["input_ids"].shape[1] :]
-        answers += tokenizer.batch_decode(new_BS, skip_special_tokens=True)
+        inputs = (given["input_ids"], given["attention_mask"])
+        new_BN = generate(model, tokenizer, *inputs, temperature=1.0, max_new_tokens=max_new_tokens)
+        answers += tokenizer.batch_decode(new_BN, skip_special_tokens=True)
     return answers, prompts
 
 

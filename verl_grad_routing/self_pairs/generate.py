@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from verl_grad_routing.decoding import ends_of, generate, pad_on_the_left
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.self_pairs.framings import Prompt
 
@@ -32,7 +33,7 @@ class Writer:
         device: Where it runs; an accelerator where there is one.
 
     Raises:
-        UserError: No such folder, no model in it, or a tokenizer without an end or a padding token.
+        UserError: No such folder, no model in it, or no token that ends an answer.
     """
 
     def __init__(self, model: Path, max_new_tokens: int, temperature: float, seed: int, device: str | None = None):
@@ -49,14 +50,8 @@ class Writer:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError("MODEL", str(model), f"no model that transformers loads: {reason}") from None
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.eos_token_id is None:
-            raise UserError("MODEL", str(model), "its tokenizer has no end-of-sequence token")
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        ends = self.model.generation_config.eos_token_id
-        listed = ends if isinstance(ends, list) else [ends]
-        self.ends = {self.tokenizer.eos_token_id, *(end for end in listed if end is not None)}
+        pad_on_the_left(self.tokenizer)
+        self.ends = set(ends_of(self.model, self.tokenizer))
         self._seed = seed
 
     def answer(self, prompts: Sequence[Prompt]) -> list[Answer]:
@@ -64,20 +59,12 @@ class Writer:
         ids = [{"input_ids": self._ids(prompt)} for prompt in prompts]
         inputs = self.tokenizer.pad(ids, return_tensors="pt").to(self.device)
         devices = [torch.cuda.current_device()] if self.device.startswith("cuda") else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        how = {"temperature": self.temperature, "max_new_tokens": self.limit}
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self._seed)
             self._seed += 1
-            made = self.model.generate(
-                **inputs,
-                do_sample=True,
-                temperature=self.temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=self.limit,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=sorted(self.ends),
-            )
-        return [self._read(row.tolist()) for row in made[:, inputs["input_ids"].shape[1] :]]
+            made_BN = generate(self.model, self.tokenizer, inputs["input_ids"], inputs["attention_mask"], **how)
+        return [self._read(row.tolist()) for row in made_BN]
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):

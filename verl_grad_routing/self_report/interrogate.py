@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from verl_grad_routing.decoding import generate, pad_on_the_left
 from verl_grad_routing.detectors.evaluation import auroc
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.self_report.question import Question
@@ -56,19 +57,15 @@ def answer_all(
     torch.manual_seed(seed)
     found: list[Answer] = []
     device = next(model.parameters()).device
-    tokenizer.padding_side = "left"
+    pad_on_the_left(tokenizer)
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         chats = [[dict(message) for message in row["prompt"]] for row in part]
         texts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in chats]
         inputs = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True)
         tokens, attention = (inputs[name].to(device) for name in ("input_ids", "attention_mask"))
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-        with torch.inference_mode():
-            out = model.generate(
-                tokens, attention_mask=attention, max_new_tokens=max_new_tokens, **(sampling or {"do_sample": False})
-            )
-        written = tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)
+        how = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+        written = tokenizer.batch_decode(generate(model, tokenizer, tokens, attention, **how), skip_special_tokens=True)
         for chat, text, row in zip(chats, written, part, strict=True):
             truth = row["reward_model"]["ground_truth"]
             verdict = environment.grade(text, truth)

@@ -28,7 +28,9 @@ def plain(column: Any) -> list:
 
 
 CONFESSION = "confession"
-"""Tag and column of a row that is a confession about another rollout."""
+"""Tag and column of a row that is a confession about another rollout; the column is ``PADDING`` in verl's padding."""
+
+PADDING = -1
 
 
 def live_rows(batch: KVBatchMeta) -> list[int]:

@@ -1,7 +1,7 @@
 """Two losses in one backward pass: that of answers and that of confessions, each over its own rows and denominators.
 
-A training batch asks for them by the column ``confession`` (B,). Nothing that a confession holds, its length included,
-enters the answers' loss, and the reverse.
+A training batch asks for them by the column ``confession`` (B,): 1 is a confession, 0 an answer, -1 verl's padding.
+Nothing that a confession holds, its length included, enters the answers' loss, and the reverse.
 """
 
 # The types that verl declares are narrower than what it passes.
@@ -18,10 +18,10 @@ from torch.distributed import ReduceOp
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 
-from verl_grad_routing.training.columns import CONFESSION
+from verl_grad_routing.training.columns import CONFESSION, PADDING
 
 WEIGHT = "confession_weight"
-"""Non-tensor of a training batch: factor of the confessions' loss."""
+"""Non-tensor of a training batch: factor of the confessions' loss, ``None`` for one vote a sample."""
 
 
 def with_confessions(loss_function: Callable[..., Any], data: TensorDict, group: Any) -> Callable[..., Any]:
@@ -29,23 +29,39 @@ def with_confessions(loss_function: Callable[..., Any], data: TensorDict, group:
     if CONFESSION not in data:
         return loss_function
     weight = tu.get_non_tensor_data(data, WEIGHT, default=None)
-    return two_losses(loss_function, denominators(data, group), weight)
+    return two_losses(loss_function, *weighed(denominators(data, group), weight))
+
+
+def weighed(counts_32: Tensor, weight: float | None) -> tuple[Tensor, float]:
+    """What ``two_losses`` divides by, [2, 2] of answers and confessions, and the factor of the confessions.
+
+    ``None`` gives every sample of the mini-batch one vote: N_c confessions beside N_a answers have the factor
+    ``N_c / N_a``, whatever the draw gave, 1 without answers; padding is no sample. It counts rows and never tokens, so
+    that no length of one kind scales the other. With a ``weight``, or without confessions, padding counts among the
+    answers' rows, as verl has it.
+    """
+    answers_2, confessions_2, padding_2 = counts_32
+    votes = weight is None and float(confessions_2[1]) > 0
+    counts_22 = torch.stack((answers_2 if votes else answers_2 + padding_2, confessions_2))
+    if weight is None:
+        weight = float(confessions_2[1] / answers_2[1]) if answers_2[1] else 1.0
+    return counts_22, weight
 
 
 def denominators(data: TensorDict, group: Any) -> Tensor:
-    """Tokens and rows of the whole mini-batch, float64 [2, 2]: answers (padding included, as verl counts), confessions.
+    """Tokens and rows of the whole mini-batch, float64 [3, 2]: answers, confessions, padding.
 
     Args:
         data: This rank's rows of the mini-batch.
         group: Ranks that share it.
     """
     tokens_B = torch.stack([mask.sum() for mask in data["loss_mask"].unbind()]).double()
-    ours_B = data[CONFESSION].to(tokens_B.device) != 0
-    counts_22 = torch.stack(
-        [torch.stack((tokens_B[rows_B].sum(), rows_B.sum().double())) for rows_B in (~ours_B, ours_B)]
-    ).to(get_device_id())
-    torch.distributed.all_reduce(counts_22, op=ReduceOp.SUM, group=group)
-    return counts_22.cpu()
+    kinds_B = data[CONFESSION].to(tokens_B.device)
+    each = [kinds_B == kind for kind in (0, 1, PADDING)]
+    counts_32 = torch.stack([torch.stack((tokens_B[rows_B].sum(), rows_B.sum().double())) for rows_B in each])
+    counts_32 = counts_32.to(get_device_id())
+    torch.distributed.all_reduce(counts_32, op=ReduceOp.SUM, group=group)
+    return counts_32.cpu()
 
 
 def two_losses(loss_function: Callable[..., Any], counts_22: Tensor, weight: float) -> Callable[..., Any]:
@@ -56,7 +72,7 @@ def two_losses(loss_function: Callable[..., Any], counts_22: Tensor, weight: flo
     """
 
     def loss(*, model_output: dict[str, Any], data: TensorDict, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
-        ours_B = data[CONFESSION] != 0
+        ours_B = data[CONFESSION] == 1
         terms = []
         for rows_B, (tokens, rows) in zip((~ours_B, ours_B), counts_22.tolist(), strict=True):
             part, output = _rows_of(data, model_output, rows_B)

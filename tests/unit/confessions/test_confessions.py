@@ -313,8 +313,3 @@ def test_bad_settings(settings: dict, key: str) -> None:
     with pytest.raises(UserError) as caught:
         ConfessionsConfig(**settings)
     assert caught.value.key == key
-
-
-def test_every_sample_has_one_vote() -> None:
-    assert sealed(0.25).loss_weight == pytest.approx(1 / 3)
-    assert sealed(0.25, weight=1.0).loss_weight == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -251,8 +252,10 @@ def test_the_engine_is_told_which_rows_confess_and_what_they_weigh(
 
     monkeypatch.setattr(PPOTrainer, "_balance_batch", lambda self, rows, *args, **kwargs: rows)
     made, batch = sampled(trainer, queue, Engine(honest_half))
+    batch.tags[0]["is_padding"] = True
     made._balance_batch(batch, {})
-    assert {key for key in batch.keys if int(queue.rows[key]["confession"])} == set(ours(batch))
+    kinds = {key: int(queue.rows[key]["confession"]) for key in batch.keys}
+    assert kinds == dict.fromkeys(batch.keys, 0) | dict.fromkeys(ours(batch), 1) | {batch.keys[0]: -1}
 
     told: dict[str, Any] = {}
 
@@ -265,8 +268,11 @@ def test_the_engine_is_told_which_rows_confess_and_what_they_weigh(
     made.routed, made._taught = False, {}
     metrics: dict[str, float] = {}
     made._update_actor(batch, metrics)
-    assert told["confession_weight"] == 1.0  # share / (1 - share)
+    assert "confession_weight" not in told  # the engine counts
     assert metrics == {"confession/pg_loss": 1.0, "actor/pg_loss": 2.0}
+    made.settings = replace(made.settings, confessions=replace(made.settings.confessions, weight=0.3))
+    made._update_actor(batch, metrics)
+    assert told["confession_weight"] == 0.3
 
 
 def test_verls_metrics_are_of_the_answers_alone(trainer: Make, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from verl_grad_routing.confessions import (
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.training.columns import (
     CONFESSION,
+    PADDING,
     confession_rows,
     live_rows,
     part_of,
@@ -116,8 +117,10 @@ class Confessing(Core):
         batch = super()._balance_batch(batch, *args, **kwargs)
         if self.trains_confessions:
             # every row, padding too: the engine tells the two losses apart by it
-            ours = set(confession_rows(batch))
-            write(batch, {CONFESSION: torch.tensor([int(row in ours) for row in range(len(batch.keys))])})
+            kinds = torch.full((len(batch.keys),), PADDING)
+            kinds[live_rows(batch)] = 0
+            kinds[confession_rows(batch)] = 1
+            write(batch, {CONFESSION: kinds})
         return batch
 
     # ---- what they learn ----
@@ -167,8 +170,8 @@ class Confessing(Core):
         return {f"confession/{key}": value for key, value in metrics.items()}
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        if self.trains_confessions:
-            batch.extra_info[WEIGHT] = self.settings.confessions.loss_weight
+        if self.trains_confessions and self.settings.confessions.weight is not None:
+            batch.extra_info[WEIGHT] = self.settings.confessions.weight
         batch = super()._update_actor(batch, metrics)
         for key in [key for key in metrics if key.startswith("actor/confession/")]:
             metrics[key.removeprefix("actor/")] = metrics.pop(key)
