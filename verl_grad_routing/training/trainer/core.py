@@ -32,6 +32,9 @@ class Core(PPOTrainerSync):
         routed: Whether there are blocks to route into; the preset ``off`` has none.
     """
 
+    resumed_at: int | None = None  # steps
+    saved_at: int | None = None
+
     def __init__(self, config: DictConfig):
         refuse_another_runs_queue(OmegaConf.select(config, "ray_kwargs.ray_init.address"))
         self.settings = parse(OmegaConf.to_container(config.grad_routing, resolve=True))
@@ -39,8 +42,6 @@ class Core(PPOTrainerSync):
         self.detector, self.intervention = self.router.detector, self.router.intervention
         self.routed = self.settings.blocks.enabled
         self.watchdog = Watchdog(self._release_waiting_workers)
-        self.resumed_at: int | None = None  # steps
-        self.saved_at: int | None = None
         super().__init__(config)
 
     @property
