@@ -13,6 +13,7 @@ pytestmark = pytest.mark.timeout(180)
 KEY = "grad_routing.compare"
 BYPASS = ["algorithm.rollout_correction.bypass_mode=true", "actor_rollout_ref.actor.use_kl_loss=false"]
 SOFT = ["grad_routing.intervention.name=mask_advantage", "+grad_routing.intervention.soft=true"]
+GRADIENTS = ["grad_routing.compare=[random]", "grad_routing.compare_gradients_every=5"]
 BAD = {
     "soft mask of a projection": (
         [*(f"~grad_routing.intervention.{key}" for key in ("strict", "clamp_keep_advantages")), *SOFT],
@@ -20,6 +21,32 @@ BAD = {
         "not in [0, 1]",
     ),
     "nothing to compare with": (["grad_routing.compare_gradients_every=2"], "compare_gradients_every=2", KEY),
+    "a method on units in shadow of adapters": (
+        ["grad_routing.compare=[cloud]"],
+        f"{KEY}.cloud: grad_routing.intervention.name='cloud'",
+        "adapters have no units",
+    ),
+    "gradients of rollouts in shadow of sequence parallelism": (
+        ["grad_routing.compare=[persona_grad]", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"],
+        f"{KEY}.persona_grad: actor_rollout_ref.actor.ulysses_sequence_parallel_size=2",
+        "set 1",
+    ),
+    "gradients beside confessions": (
+        [
+            *GRADIENTS,
+            *(
+                f"grad_routing.{key}"
+                for key in ("control=true", "confessions.share=0.25", "confessions.judge=gt_judge")
+            ),
+        ],
+        "compare_gradients_every=5",
+        "set 0 with confessions",
+    ),
+    "gradients beside another loss": (
+        [*GRADIENTS, "grad_routing.blocks.hooks=[{name: l1_activations, weight: 0.1}]"],
+        "compare_gradients_every=5",
+        "set 0 with the hook l1_activations",
+    ),
     "a soft mask in shadow": (
         ["grad_routing.compare=[{name: random, intervention: {name: mask_advantage, soft: true}}]"],
         f"{KEY}.random: grad_routing.intervention.name='mask_advantage'",

@@ -41,6 +41,8 @@ class BlockKind(ABC):
     Config: ClassVar[type] = BlocksConfig
     layout_keys: ClassVar[tuple[str, ...]] = ()
     """Keys of the layout that a checkpoint must share with the run that resumes from it."""
+    compares_gradients: ClassVar[bool] = True
+    """Whether every parameter is of one block, so that gradients of methods in shadow can be compared by block."""
 
     def __init__(self, config: BlocksConfig):
         self.config = config

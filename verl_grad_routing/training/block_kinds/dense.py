@@ -39,6 +39,7 @@ class DenseUnits(BlockKind):
     """The quarantine is ``blocks.units`` of the base model; everything else is deployed, or shared."""
 
     layout_keys = ("units", "shared")
+    compares_gradients = False
     context: DenseContext
 
     @staticmethod
