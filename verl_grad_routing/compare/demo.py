@@ -22,8 +22,8 @@ VALIDATIONS = 2  # half-way and at the end, beside the one before training
 def run_demo(to: Path | str, steps: int = 50, seed: int = 0, limit_s: float = 1200.0) -> list[Run]:
     """Prepare the environment, train ``off`` and ``persona``, print the comparison, write the report.
 
-    Writes ``environment/``, one run folder per preset, ``report.html``, ``results.json`` and ``metrics.jsonl`` into
-    ``to``. What is there already with the same settings is reused.
+    Writes ``environment/``, one run folder per preset, and what ``report.write_report`` does into ``to``. What is there
+    already with the same settings is reused.
 
     Args:
         to: Folder.

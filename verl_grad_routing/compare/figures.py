@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -48,14 +47,6 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "verl-grad-routing",
 }
-
-
-def figure_one(runs: Sequence[Run], path_svg: Path | str) -> Path:
-    """Write figure 1, hack and solve rate against steps with and without the quarantine, as an SVG file."""
-    path = Path(path_svg)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(curves_figure(runs), encoding="utf-8")
-    return path
 
 
 def curves_figure(runs: Sequence[Run]) -> str:

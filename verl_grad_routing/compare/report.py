@@ -10,8 +10,8 @@ from pathlib import Path
 
 from verl_grad_routing.compare.comparison import findings, labels, results
 from verl_grad_routing.compare.figures import curves_figure, detector_figure, pareto_figure
-from verl_grad_routing.compare.formats import to_html
-from verl_grad_routing.compare.grid_report import write_grid_report
+from verl_grad_routing.compare.formats import slug, to_html
+from verl_grad_routing.compare.grid_report import FIGURES, write_grid_report
 from verl_grad_routing.compare.markup import (
     CURVES_CAPTION,
     DEFINITIONS,
@@ -39,9 +39,9 @@ PARETO_CAPTION = (
 def write_report(runs: Sequence[Path | str], to: Path | str, allow_mixed_versions: bool = False) -> Path:
     """Compare run folders on one page; or show the comparison whose results folder is given.
 
-    Writes ``report.html`` (figures inlined), ``results.json`` (every count and interval, settings and versions) and
-    ``metrics.jsonl`` (all runs' metrics, each line with its run's name) into ``to``. What it writes of a results folder
-    is said at ``grid_report.write_grid_report``.
+    Writes ``report.html`` (figures inlined), ``figures/`` (each as SVG), ``results.json`` (every count and interval,
+    settings and versions) and ``metrics.jsonl`` (all runs' metrics, each line with its run's name) into ``to``. What it
+    writes of a results folder is said at ``grid_report.write_grid_report``.
 
     Args:
         runs: Run folders, in the order in which they are to appear; or one results folder of ``vgr compare``.
@@ -61,8 +61,11 @@ def write_report(runs: Sequence[Path | str], to: Path | str, allow_mixed_version
     loaded, to = [load_run(folder) for folder in runs], Path(to)
     names = labels(loaded)
     numbers = json.dumps(results(loaded), indent=2) + "\n"
-    text = _page(loaded)
-    to.mkdir(parents=True, exist_ok=True)
+    drawn = _figures(loaded)
+    text = _page(loaded, drawn)
+    (to / FIGURES).mkdir(parents=True, exist_ok=True)
+    for title, svg, _ in drawn:
+        (to / FIGURES / f"{slug(title)}.svg").write_text(svg, encoding="utf-8")
     (to / RESULTS).write_text(numbers, encoding="utf-8")
     with (to / METRICS).open("w", encoding="utf-8") as file:
         for name, run in zip(names, loaded, strict=True):
@@ -72,16 +75,20 @@ def write_report(runs: Sequence[Path | str], to: Path | str, allow_mixed_version
     return to / PAGE
 
 
-def _page(runs: Sequence[Run]) -> str:
+def _figures(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
+    """Title, drawing and caption of each."""
     figures = [
         ("Hacking and solving, with and without the quarantine", curves_figure(runs), CURVES_CAPTION),
         ("What is deployed", pareto_figure(runs), PARETO_CAPTION),
         ("What the detector saw and what was routed", detector_figure(runs), DETECTOR_CAPTION),
         ("What other methods said of the same rollouts", shadow_figure(runs), SHADOWS_CAPTION),
     ]
-    drawn = [entry for entry in figures if entry[1] is not None]
+    return [(title, svg, caption) for title, svg, caption in figures if svg is not None]
+
+
+def _page(runs: Sequence[Run], drawn: Sequence[tuple[str, str, str]]) -> str:
     first, second, *rest = [
-        figure(index, title, svg or "", caption) for index, (title, svg, caption) in enumerate(drawn, start=1)
+        figure(index, title, svg, caption) for index, (title, svg, caption) in enumerate(drawn, start=1)
     ]
     types, shadows = types_table(runs), shadow_table(runs)
     body = [

@@ -89,10 +89,11 @@ def test_page_is_self_contained_and_reproducible(pair: list[Path], tmp_path: Pat
     assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', text)) <= {(i, "") for i in ids} | {("", i) for i in ids}
     for words in ("0.05 [0.03, 0.08]", "leak (known)", "a=b c", "Figure 3.", "it learned to hack"):
         assert words in text, words
-    first = {path.name: path.read_bytes() for path in page.parent.iterdir()}
+    first = {path.name: path.read_bytes() for path in page.parent.rglob("*.*")}
     report.write_report(pair, tmp_path / "out")
-    assert first == {path.name: path.read_bytes() for path in page.parent.iterdir()}
-    assert set(first) == {"report.html", "results.json", "metrics.jsonl"}
+    assert first == {path.name: path.read_bytes() for path in page.parent.rglob("*.*")}
+    assert {name for name in first if not name.endswith(".svg")} == {"report.html", "results.json", "metrics.jsonl"}
+    assert sum(name.endswith(".svg") for name in first) == 3
 
 
 def test_results_and_metrics_hold_every_number(pair: list[Path], tmp_path: Path) -> None:
@@ -121,7 +122,8 @@ def test_one_run_without_routing_has_two_figures(make_run, tmp_path: Path) -> No
 def test_several_seeds_and_many_presets(make_run, tmp_path: Path) -> None:
     folders = [make_run(f"p{seed}", "persona", seed, ablates=True, deployed=3 + seed) for seed in range(2)]
     folders += [make_run(f"arm{index}", ablates=index % 2 == 0) for index in range(4)]  # more arms than columns
-    path = figures.figure_one([load_run(folder) for folder in folders], tmp_path / "docs" / "figure.svg")
+    report.write_report(folders, tmp_path / "out")
+    path = tmp_path / "out" / "figures" / "hacking-and-solving-with-and-without-the-quarantine.svg"
     assert ElementTree.parse(path).getroot().tag.endswith("svg")
     text = path.read_text()
     assert len(text) < 500_000 and not re.search(r"\b20\d\d-\d\d-\d\d", text)  # no dates
