@@ -36,6 +36,7 @@ def recorded(queue: Queue, rollouts: list[Rollout], step: int) -> Any:
         facts = {"hack": paid * (index % 2), "solve": paid * (1 - index % 2), "known": 1.0, "loophole": "leak"}
         queue.rows[key] = {
             "uid": key.split("_")[0],
+            "index": int(key.split("_")[0][1:]),
             "prompts": row.prompt,
             "responses": row.response,
             "response_mask": row.mask,
