@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from verl_grad_routing.compare.comparison import arms
 from verl_grad_routing.compare.contrasts import HACK, SOLVE, by_arm, hack_by_type, is_control
 from verl_grad_routing.compare.figures import MARKERS, OKABE_ITO, PER_ROW, STYLE, detector_figure, to_svg
 from verl_grad_routing.compare.grid_tables import marked
@@ -82,9 +83,10 @@ def types_figure(runs: Sequence[StoredRun]) -> str | None:
 
 def signals_figure(runs: Sequence[StoredRun]) -> str | None:
     """``detector_figure`` in the colours of the other figures."""
-    groups = by_arm(runs)
-    styles = arm_styles(groups)
-    return detector_figure(runs, {marked(arm, members): styles[arm]["color"] for arm, members in groups.items()})
+    styles = arm_styles(by_arm(runs))
+    return detector_figure(
+        runs, {name: styles[str(members[0].record.arm)]["color"] for name, members in arms(runs).items()}
+    )
 
 
 def arm_styles(groups: Groups) -> dict[str, dict[str, Any]]:
