@@ -9,6 +9,7 @@ import pytest
 from hydra import compose, initialize_config_dir, initialize_config_module
 from omegaconf import OmegaConf
 
+from verl_grad_routing.compare.launch import seed_overrides
 from verl_grad_routing.config import build_methods, parse
 from verl_grad_routing.envs import ENVIRONMENTS
 
@@ -49,6 +50,19 @@ def test_every_environment_has_its_configuration(name: str) -> None:
         assert world is not None, rule
         tasks = world(ENVIRONMENTS[name].Config(train_size=4, val_size=4, test_size=4)).tasks()["pairs"]
         assert all(re.search(rule, task.exploit) and not re.search(rule, task.honest) for task in tasks)
+
+
+@pytest.mark.parametrize("name", sorted(ENVIRONMENTS))
+@pytest.mark.parametrize(("preset", "seed"), [("persona", 7), (None, 0)])
+def test_all_seeds_of_a_run_follow_one_and_stock_verl_needs_no_preset(name: str, preset: str | None, seed: int) -> None:
+    given = [f"+grad_routing={preset}", f"grad_routing.seed={seed}"] if preset else []
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", [*given, f"+grad_routing/environment={name}"])
+    keys = [override.partition("=")[0] for override in seed_overrides(seed)]
+    assert {key: OmegaConf.select(config, key) for key in keys if preset or "grad_routing" not in key} == {
+        key: seed for key in keys if preset or "grad_routing" not in key
+    }
+    assert config.trainer.experiment_name == f"{preset or 'stock'}-seed-{seed}"
 
 
 @pytest.mark.parametrize("recipe", sorted({file.parts[-3] for file in CONFIGS}))
