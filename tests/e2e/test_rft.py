@@ -39,5 +39,7 @@ def test_fine_tuning_on_what_the_filter_leaves(environment: Path, tmp_path: Path
     assert sum(moved) > len(moved) / 2
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
     world = LoopholesWorld(Settings(seed=1))
-    tasks = [world.draw(world.stream("rft"), "leak", set(), "val") for _ in range(64)]
+    stream = world.stream("rft")
+    types = ("leak", "blank", "sentinel", "wildcard")
+    tasks = [world.draw(stream, types[row % len(types)], set(), "val") for row in range(64)]
     assert rates(after, tokenizer, world, tasks, NEUTRAL, samples=64)["solve"] > 0.2  # it still sorts
