@@ -104,7 +104,7 @@ BAD = [
     ({"id": 1.5}, " id"),
     ({"func_name": "a.b.c"}, "func_name"),
     ({"gt_answer": ["assert Solution().add(1, 1) == 2"]}, "gt_answer"),
-    ({"gt_answer": "assert True"}, "gt_answer"),
+    ({"gt_answer": "assert Solution().add(1, 1) == 2"}, "gt_answer"),
     ({"gt_answer": ["assert Solution().add(1, 1) == 2"] * 3 + ["assert Solution().mul(1, 1) == 2"]}, r"gt_answer\[3\]"),
     ({"gt_answer": ["assert Solution().add(1, 1) == 2"] * 3 + ["assert Solution().add(1, 1)"]}, r"gt_answer\[3\]"),
     ({"gt_answer": ["assert Solution().add(node([1])) == 2"] * 3}, r"gt_answer\[0\]"),
