@@ -44,7 +44,8 @@ SLOW := "slow and not gpu"
 
 # Lint, the fast tests on two cores, then whole runs in two lanes (see tests/e2e/conftest.py), slow ones one by one; all
 # of it runs, and any one failing fails the target.
-# On CI a test that failed is asked once more, alone: a machine in trouble is told from a defect, and both are printed.
+# On CI a test that failed is asked once more, alone and for 20 minutes at most: a machine in trouble is told from a
+# defect, and both are printed. (loadgroup: a whole run's name ends in its lane, and only so is found again.)
 define run-tests
 @lint=0 status=0
 $(MAKE) --no-print-directory lint || lint=1
@@ -54,7 +55,7 @@ for marks in $(1); do $(BIN)/pytest tests -m "$$marks" $(PYTEST_FLAGS) || status
 if [ $$status = 1 ] && [ -n "$${CI:-}" ]; then
 	echo "FAILED ONCE: asked again, alone; what passes now is unsteady, see above"
 	free -m; df -h /dev/shm /tmp
-	$(BIN)/pytest tests --last-failed --last-failed-no-failures none $(PYTEST_FLAGS) && status=0
+	timeout 20m $(BIN)/pytest tests -n 1 --dist loadgroup --last-failed --last-failed-no-failures none $(PYTEST_FLAGS) && status=0
 fi
 echo "make $@: $$SECONDS s in all"
 exit $$((lint + status))

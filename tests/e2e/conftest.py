@@ -154,6 +154,8 @@ def engine_killed(environment: Path, tmp_path_factory: pytest.TempPathFactory) -
         # a monitor that fires on every second rollout or so: its verdict is about letters, not about hacks
         "grad_routing.detector.rules=['^[a-h]']",
         "grad_routing.blocks.hooks=[{name: regularize_gradient, gamma: 0.01}]",
+        # four groups, half of each rejected, may all be of one reward: something is to be learned all the same
+        "actor_rollout_ref.actor.entropy_coeff=0.001",
         f"grad_routing.record_dir={record}",
         "grad_routing.rollout_timeout_s=600",
         f"trainer.default_local_dir={folder / 'checkpoints'}",

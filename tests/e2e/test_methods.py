@@ -49,7 +49,7 @@ def test_gradients_are_taken_once_more_uphill(engine_killed: EngineKilled) -> No
 @pytest.mark.slow
 def test_a_preset_with_a_hook(train: Train) -> None:
     run = train("gradient_regularization", STEPS, *SMALL)
-    assert all(norm > 0 for norm in finite(run, "routing/regularize_gradient/grad_norm_uphill"))
+    assert max(finite(run, "routing/regularize_gradient/grad_norm_uphill")) > 0  # a step's groups may be of one reward
 
 
 @pytest.fixture(scope="module")
