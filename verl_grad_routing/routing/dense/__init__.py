@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from verl_grad_routing.routing.dense.ablate import ablated, all_ablated
     from verl_grad_routing.routing.dense.expansion import EXPANDED, Expansion
     from verl_grad_routing.routing.dense.install import DenseContext, install_blocks
-    from verl_grad_routing.routing.dense.kernel import scaled_gradient, token_weight, unit_linear
+    from verl_grad_routing.routing.dense.kernel import TokenSets, scaled_gradient, token_weight, unit_linear
     from verl_grad_routing.routing.dense.parts import BlockParts
     from verl_grad_routing.routing.dense.resize import narrowed, widened
     from verl_grad_routing.routing.dense.units import SHARED, DenseBlocks, Role, Shape, UnitsConfig
@@ -21,7 +21,7 @@ _MODULES = {
     "ablate": "ablated all_ablated",
     "expansion": "EXPANDED Expansion",
     "install": "DenseContext install_blocks",
-    "kernel": "scaled_gradient token_weight unit_linear",
+    "kernel": "TokenSets scaled_gradient token_weight unit_linear",
     "parts": "BlockParts",
     "resize": "narrowed widened",
     "units": "SHARED DenseBlocks Role Shape UnitsConfig",
@@ -35,6 +35,7 @@ __all__ = [  # noqa: RUF022 (by module)
     "Expansion",
     "DenseContext",
     "install_blocks",
+    "TokenSets",
     "scaled_gradient",
     "token_weight",
     "unit_linear",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.routing.dense.kernel import Side, scaled_gradient, token_weight, unit_linear
+from verl_grad_routing.routing.dense.kernel import Side, TokenSets, scaled_gradient, token_weight, unit_linear
 from verl_grad_routing.routing.dense.units import DenseBlocks, Role
 from verl_grad_routing.routing.install import RoutingContext
 
@@ -31,6 +31,8 @@ class DenseContext(RoutingContext):
         super().__init__()
         self.activation_gradient: Tensor | None = None
         self.shared_mask: Tensor | None = None
+        self._sets: TokenSets | None = None
+        self._shared_sets: TokenSets | None = None
 
     def set_all(
         self,
@@ -39,13 +41,14 @@ class DenseContext(RoutingContext):
         activation_gradient: Tensor | None = None,
         shared_mask: Tensor | None = None,
     ) -> None:
-        """Masks of the next forward pass and of the backward pass that belongs to it."""
-        self.set(forward_gate, update_mask)
-        self.activation_gradient, self.shared_mask = activation_gradient, shared_mask
+        """Masks of the next forward pass and of the backward pass that belongs to it; ones everywhere are none."""
+        self.set(_unless_ones(forward_gate), _unless_ones(update_mask))
+        self.activation_gradient, self.shared_mask = _unless_ones(activation_gradient), _unless_ones(shared_mask)
+        self._sets, self._shared_sets = TokenSets.of(self.update_mask), TokenSets.of(self.shared_mask)
 
     def clear(self) -> None:
         super().clear()
-        self.activation_gradient = self.shared_mask = None
+        self.activation_gradient = self.shared_mask = self._sets = self._shared_sets = None
 
     def update_of(self, role: Role | None) -> Tensor | None:
         """The update mask of a parameter with that role."""
@@ -53,11 +56,19 @@ class DenseContext(RoutingContext):
             return None
         return self.shared_mask if role.shared else self.update_mask
 
+    def sets_of(self, role: Role) -> TokenSets | None:
+        """The tokens that :meth:`update_of` names, where it is of zeros and ones."""
+        return self._shared_sets if role.shared else self._sets
+
     def gate(self, like: Tensor) -> Tensor | None:
         """Forward gate; an ablated model has no quarantine whatever the masks say."""
         if self.ablated:
             return torch.tensor([1.0, 0.0], device=like.device).expand(*(1,) * (like.ndim - 1), 2)
         return self.forward_gate
+
+
+def _unless_ones(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None or (mask == 1).all() else mask
 
 
 class _Dense:
@@ -82,6 +93,7 @@ class DenseLinear(_Dense, nn.Linear):
             side=side,
             ranges=role.ranges,
             update_mask=context.update_of(role),
+            token_sets=context.sets_of(role),
             bias_mask=context.update_of(self.bias_role),
             forward_gate=context.gate(input) if units else None,
             activation_gradient=context.activation_gradient if units and not context.ablated else None,

@@ -15,12 +15,16 @@ in their code). The gate and A sit on unit outputs, the inputs of the columns' l
 pre-activations where SGTM's code has them: a unit that is switched off gives zero either way (``act(0) = 0``), and an
 activation function is elementwise, so a factor on its output's gradient is one on its input's.
 
-Legend: ``T`` tokens, ``I``/``O`` input/output features.
+Masks of zeros and ones, all there are without weights, say which tokens train a block: its part of ``dW`` is then a
+product over these tokens alone (:class:`TokenSets`), and a rollout that does not train a block costs it nothing.
+
+Legend: ``T`` tokens, ``I``/``O`` input/output features, ``D``/``Q`` tokens that train the deployed block / quarantine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -35,6 +39,33 @@ from verl_grad_routing.routing.kernel import _flat_mask as flat_mask
 Side = Literal["rows", "columns", "none"]
 
 
+@dataclass(frozen=True)
+class TokenSets:
+    """An update mask of zeros and ones as the tokens that train the deployed block and the quarantine.
+
+    Attributes:
+        deployed: int64, positions in the flattened mask; ``None``: all of them.
+        quarantine: Likewise; the very same object where both blocks learn from the same tokens.
+    """
+
+    deployed: Tensor | None
+    quarantine: Tensor | None
+
+    @classmethod
+    def of(cls, mask: Tensor | None) -> TokenSets | None:
+        """Of a mask ``[..., T, 2]``; ``None`` without one, and where some token trains a block by part."""
+        if mask is None or not ((mask == 0) | (mask == 1)).all():
+            return None
+        deployed_T, quarantine_T = mask.reshape(-1, 2).unbind(1)
+        deployed = _chosen(deployed_T)
+        return cls(deployed, deployed if torch.equal(deployed_T, quarantine_T) else _chosen(quarantine_T))
+
+
+def _chosen(mask_T: Tensor) -> Tensor | None:
+    index = mask_T.nonzero().flatten()
+    return None if len(index) == len(mask_T) else index
+
+
 def unit_linear(
     x: Tensor,
     weight: Tensor,
@@ -43,6 +74,7 @@ def unit_linear(
     side: Side = "none",
     ranges: Sequence[Range] = (),
     update_mask: Tensor | None = None,
+    token_sets: TokenSets | None = None,
     bias_mask: Tensor | None = None,
     forward_gate: Tensor | None = None,
     activation_gradient: Tensor | None = None,
@@ -56,6 +88,7 @@ def unit_linear(
         side: Whether units are ``rows`` or ``columns`` of the weight; ``none``: all of it is of the first block.
         ranges: The quarantine's rows or columns.
         update_mask: ``[..., T, 2]``, how much each token trains (deployed, quarantine) parts of the weight.
+        token_sets: ``TokenSets.of(update_mask)``, which all layers of a pass share; ``None`` multiplies by the mask.
         bias_mask: The same for the bias, whose units are the rows'; other biases take the first column.
         forward_gate: ``[..., T, 2]``, which units' outputs are there; ``columns`` only.
         activation_gradient: ``[..., T, 2]``, factors on the gradient of units' outputs; ``columns`` only.
@@ -73,7 +106,8 @@ def unit_linear(
     masks = {"update_mask": update_mask, "bias_mask": bias_mask, "forward_gate": forward_gate}
     masks["activation_gradient"] = activation_gradient
     flat = [flat_mask(name, mask, x) for name, mask in masks.items()]
-    return _UnitLinear.apply(x, weight, bias, *flat, side, tuple(ranges))
+    whole = update_mask is not None and update_mask.shape[:-1] == x.shape[:-1]  # positions are those of x
+    return _UnitLinear.apply(x, weight, bias, *flat, token_sets if whole else None, side, tuple(ranges))
 
 
 def _others(ranges: Sequence[Range], count: int) -> list[Range]:
@@ -93,14 +127,12 @@ def _by_unit(values_TN: Tensor, mask_T2: Tensor | None, ranges: Sequence[Range],
     return out
 
 
-def _weight_gradient(g_TO: Tensor, h_TI: Tensor, mask_T2: Tensor | None, side: Side, ranges: Sequence[Range]) -> Tensor:
+def _weight_gradient(g_TO: Tensor, h_TI: Tensor, mask_T2: Tensor, side: Side, ranges: Sequence[Range]) -> Tensor:
     """``Σ_t u_t g_t h_tᵀ`` in the fewest passes over tokens.
 
     The masks go onto the side that carries the units, each unit's own, unless the other is so much narrower that it
     takes less to mask it once a block; each block's rows or columns are then a product of their own.
     """
-    if mask_T2 is None:
-        return g_TO.t() @ h_TI
     columns = side == "columns"
     units, other = (h_TI, g_TO) if columns else (g_TO, h_TI)
     if units.shape[1] <= (1 + bool(ranges)) * other.shape[1]:
@@ -117,6 +149,25 @@ def _weight_gradient(g_TO: Tensor, h_TI: Tensor, mask_T2: Tensor | None, side: S
     return gradient
 
 
+def _set_gradient(g_TO: Tensor, h_TI: Tensor, sets: TokenSets, side: Side, ranges: Sequence[Range]) -> Tensor:
+    """The same for masks of zeros and ones: ``Σ_D g hᵀ``, and the quarantine's rows or columns of ``Σ_Q g hᵀ``."""
+    gradient = _at(g_TO, sets.deployed).t() @ _at(h_TI, sets.deployed)
+    if not ranges or sets.quarantine is sets.deployed:
+        return gradient
+    dim = int(side == "columns")
+    units, other = (h_TI, g_TO) if dim else (g_TO, h_TI)
+    theirs = _at(torch.cat([units[:, first:last] for first, last in ranges], dim=1), sets.quarantine)
+    other = _at(other, sets.quarantine)
+    product = other.t() @ theirs if dim else theirs.t() @ other
+    for (first, last), part in zip(ranges, product.split([b - a for a, b in ranges], dim), strict=True):
+        gradient.narrow(dim, first, last - first).copy_(part)
+    return gradient
+
+
+def _at(values_TN: Tensor, index: Tensor | None) -> Tensor:
+    return values_TN if index is None else values_TN.index_select(0, index)
+
+
 class _UnitLinear(torch.autograd.Function):
     """The equations of the module docstring; masks arrive as ``[T, 2]``."""
 
@@ -130,6 +181,7 @@ class _UnitLinear(torch.autograd.Function):
         bias_update: Tensor | None,
         gate: Tensor | None,
         activation: Tensor | None,
+        sets: TokenSets | None,
         side: Side,
         ranges: tuple[Range, ...],
     ) -> Tensor:
@@ -141,7 +193,7 @@ class _UnitLinear(torch.autograd.Function):
         y_TO = F.linear(h_TI, weight.to(dtype) if autocast else weight, low_bias)
         # The weight itself is saved, never a cast copy: sharded training frees and refills its storage.
         ctx.save_for_backward(h_TI if ctx.needs_input_grad[1] else None, weight, update, bias_update, gate, activation)
-        ctx.side, ctx.ranges, ctx.dtype, ctx.x_shape = side, ranges, dtype, x.shape
+        ctx.sets, ctx.side, ctx.ranges, ctx.dtype, ctx.x_shape = sets, side, ranges, dtype, x.shape
         return torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1]))
 
     @staticmethod
@@ -162,10 +214,15 @@ class _UnitLinear(torch.autograd.Function):
             factor = activation if gate is None else gate if activation is None else gate * activation
             dx = _by_unit(dx_TI, factor, ctx.ranges, out=dx_TI).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            dW = _weight_gradient(g_TO, h_TI, update, ctx.side, ctx.ranges)
+            if update is None:
+                dW = g_TO.t() @ h_TI
+            elif ctx.sets is None:
+                dW = _weight_gradient(g_TO, h_TI, update, ctx.side, ctx.ranges)
+            else:
+                dW = _set_gradient(g_TO, h_TI, ctx.sets, ctx.side, ctx.ranges)
         if ctx.needs_input_grad[2]:
             db = _bias_gradient(g_TO, bias_update, ctx.ranges if ctx.side == "rows" else ())
-        return dx, dW, db, None, None, None, None, None, None
+        return dx, dW, db, *(None,) * 7
 
 
 def _bias_gradient(g_TO: Tensor, mask_T2: Tensor | None, ranges: Sequence[Range]) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from verl_grad_routing.routing.dense import unit_linear
+from verl_grad_routing.routing.dense import TokenSets, unit_linear
 
 # method -> gate, update, alpha of a flagged token (deployed, quarantine), whether the output bias learns,
 #           and (dw_r, dw_f, dv_r, dv_f, db)
@@ -25,15 +25,17 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("by", ["mask", "token sets"])
 @pytest.mark.parametrize("case", CASES)
-def test_two_units(case):
+def test_two_units(case, by):
     gate, update, alpha, expected = CASES[case]
     w, v = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5, -1.0]])
     b, x = torch.zeros(1), torch.ones(1, 1)
     for parameter in (w, v, b):
         parameter.requires_grad_()
     mask = torch.tensor([update])
-    units = unit_linear(x, w, side="rows", ranges=[(1, 2)], update_mask=mask).relu()
+    sets = TokenSets.of(mask) if by == "token sets" else None
+    units = unit_linear(x, w, side="rows", ranges=[(1, 2)], update_mask=mask, token_sets=sets).relu()
     y = unit_linear(
         units,
         v,
@@ -41,6 +43,7 @@ def test_two_units(case):
         side="columns",
         ranges=[(1, 2)],
         update_mask=mask,
+        token_sets=sets,
         bias_mask=mask,
         forward_gate=torch.tensor([gate]),
         activation_gradient=torch.tensor([alpha]),

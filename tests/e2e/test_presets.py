@@ -1,0 +1,65 @@
+"""Three steps of every preset that no other run here trains, validated at the end."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ROOT, SMALL, Train
+from verl_grad_routing.commands.contrast import make_contrast
+from verl_grad_routing.routing import save_contrast
+
+STEPS = 3
+OWN_GROUPS = ("routing/", "intervention/", "actor/")
+# and a metric that says its signal was read
+PRESETS = {
+    "random": "detector/score_std",
+    "coinflip": "gate/history_size",
+    "random_grad": "timing_s/gradient_scores",
+    "pissa": "detector/pair_gap",
+    "corda": "detector/pair_gap",
+    "scorda_rev": "detector/pair_gap",
+    "antipasto": "detector/pair_gap",
+    "labels_partial": "detector/recall",
+    "strict": "detector/recall",
+    "retain_pass": "quarantine_off/log_prob_diff_max",
+    "head_start": "intervention/head_start",
+    "head_start_freeze": "intervention/head_start",
+    "monitor_route": "detector/recall",
+}
+
+
+@pytest.fixture(scope="module")
+def contrast(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("contrast") / "contrast.safetensors"
+    save_contrast(make_contrast(environment / "model", str(environment / "pairs.jsonl")), file)
+    return file
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset(preset: str, train: Train, contrast: Path) -> None:
+    given = [f"grad_routing.blocks.contrast={contrast}"] if preset in ("corda", "scorda_rev") else []
+    run = train(preset, STEPS, *SMALL, *given, f"trainer.test_freq={STEPS}", "data.val_max_samples=64")
+    own = [key for key in run.keys if key.startswith(OWN_GROUPS)]
+    for key in own:
+        values = run.curve(key).values.tolist()
+        assert all(math.isfinite(value) for value in values), (key, values)
+    shares = [run.curve(f"routing/share_{route}").values.tolist() for route in ("keep", "absorb", "route")]
+    assert [sum(step) for step in zip(*shares, strict=True)] == pytest.approx([1.0] * STEPS)
+    assert PRESETS[preset] in run.keys, sorted(run.keys)
+    for deployed in (False, True):
+        assert run.rates("last", deployed=deployed).overall.hack.total == 256
+
+
+def test_every_preset_is_trained_by_some_run() -> None:
+    conf = ROOT / "verl_grad_routing" / "conf" / "grad_routing"
+    presets = {file.stem for file in conf.glob("*.yaml") if not file.stem.startswith("_")}
+    text = "".join(file.read_text() for file in Path(__file__).parent.glob("*.py"))
+    named = set(re.findall(r'"(\w+)"', text)) | set(re.findall(r"(?:grad_routing|config-name)=(\w+)", text))
+    assert not presets - named

@@ -1,0 +1,63 @@
+"""Products over the tokens that train a block are those over all tokens times its mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from verl_grad_routing.routing.dense import TokenSets, unit_linear
+
+TOKENS, INPUTS, OUTPUTS = 24, 10, 14
+RANGES = {"none": [], "rows": [(0, 3), (7, 8), (12, 14)], "columns": [(1, 4), (9, 10)]}
+MASKS = {
+    "mixed": lambda: torch.randint(0, 2, (TOKENS, 2)),
+    "all flagged": lambda: torch.tensor([[0, 1]]).repeat(TOKENS, 1),
+    "nothing flagged, some kept": lambda: torch.tensor([[1, 1], [1, 0]]).repeat(TOKENS // 2, 1),
+    "both alike": lambda: torch.tensor([[1, 1], [0, 0]]).repeat(TOKENS // 2, 1),
+    "nothing teaches": lambda: torch.zeros(TOKENS, 2),
+}
+
+
+def gradient(mask: torch.Tensor, sets: TokenSets | None, side: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, TOKENS // 2, INPUTS, dtype=torch.float64, generator=generator)
+    weight = torch.randn(OUTPUTS, INPUTS, dtype=torch.float64, generator=generator, requires_grad=True)
+    y = unit_linear(x, weight, side=side, ranges=RANGES[side], update_mask=mask, token_sets=sets)
+    (y * torch.randn(y.shape, dtype=torch.float64, generator=generator)).sum().backward()
+    assert weight.grad is not None
+    return weight.grad
+
+
+@pytest.mark.parametrize("side", RANGES)
+@pytest.mark.parametrize("mask", MASKS)
+def test_as_by_the_mask(mask: str, side: str) -> None:
+    torch.manual_seed(0)
+    given = MASKS[mask]().double().reshape(2, TOKENS // 2, 2)
+    sets = TokenSets.of(given)
+    assert sets is not None
+    by_mask, by_sets = gradient(given, None, side), gradient(given, sets, side)
+    assert (by_mask - by_sets).abs().max() <= 1e-13
+    # what no token trains is exactly zero
+    assert torch.equal(by_sets[by_mask == 0], by_mask[by_mask == 0])
+
+
+def test_sets_that_are_used_are_those_given() -> None:
+    mask = torch.tensor([1.0, 0.0]).repeat(TOKENS, 1).reshape(2, TOKENS // 2, 2)
+    other = TokenSets(torch.tensor([3]), torch.tensor([], dtype=torch.int64))
+    assert not torch.allclose(gradient(mask, other, "rows"), gradient(mask, None, "rows"))
+
+
+def test_a_mask_that_is_broadcast_has_no_positions_of_its_own() -> None:
+    mask = torch.tensor([[[0.0, 1.0]]])
+    assert torch.equal(gradient(mask, TokenSets.of(mask), "rows"), gradient(mask, None, "rows"))
+
+
+def test_of() -> None:
+    assert TokenSets.of(None) is None
+    assert TokenSets.of(torch.tensor([[1.0, 0.5], [1.0, 0.0]])) is None
+    sets = TokenSets.of(torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]))
+    assert sets is not None and sets.deployed is None and sets.quarantine is not None
+    assert sets.quarantine.tolist() == [1]
+    same = TokenSets.of(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    assert same is not None and same.deployed is same.quarantine and same.deployed is not None
+    assert same.deployed.tolist() == [0]
