@@ -54,7 +54,7 @@ def test_preset(preset: str, train: Train, contrast: Path) -> None:
     assert [sum(step) for step in zip(*shares, strict=True)] == pytest.approx([1.0] * STEPS)
     assert PRESETS[preset] in run.keys, sorted(run.keys)
     for deployed in (False, True):
-        assert run.rates("last", deployed=deployed).overall.hack.total == 256
+        assert run.rates("last", deployed=deployed).overall.hack.total == 64
 
 
 def test_every_preset_is_trained_by_some_run() -> None:
