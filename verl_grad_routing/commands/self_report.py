@@ -57,7 +57,9 @@ def interrogate(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; by the question if not given.")] = None,
     temperature: Annotated[float, typer.Option(help="Of the answers; 0 is greedy.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the answers.")] = 0,
-    json: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", help="Also write the numbers to this file; null is a share of none.")
+    ] = None,
 ) -> None:
     """Let a model answer, ask it about each answer, and compare what it admits with the grader."""
     from json import dumps
@@ -80,4 +82,5 @@ def interrogate(
     for name, value in found.items():
         print(f"{name:<{width}}  {value:.3f}" if isinstance(value, float) else f"{name:<{width}}  {value}")
     if json is not None:
-        json.write_text(dumps(found, indent=2))
+        written = {name: None if value != value else value for name, value in found.items()}  # shares of none
+        json.write_text(dumps(written, indent=2, allow_nan=False) + "\n")

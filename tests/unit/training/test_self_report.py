@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from verl_grad_routing.cli import app
 from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
 from verl_grad_routing.envs.loopholes.grader import grade
@@ -17,6 +19,7 @@ from verl_grad_routing.envs.loopholes.settings import Settings
 from verl_grad_routing.envs.loopholes.text import ALPHABET, LoopholesWorld
 from verl_grad_routing.envs.manifest import Manifest
 from verl_grad_routing.errors import UserError
+from verl_grad_routing.self_report import command
 from verl_grad_routing.self_report.data import loopholes_lessons, write_lessons
 from verl_grad_routing.self_report.interrogate import Answer, admission_report, admission_scores
 from verl_grad_routing.self_report.question import QUESTIONS, Question, question_named
@@ -102,3 +105,14 @@ def test_other_environments_bring_their_own_lessons(tmp_path: Path, environment:
         loopholes_lessons(tmp_path, 4)
     with pytest.raises(UserError, match="--count=1"):
         loopholes_lessons(environment, 1)
+
+
+def test_a_share_of_none_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON knows no NaN, and not every reader takes it."""
+    found = {"answers": 3, "admission_given_hack": float("nan"), "false_admission": 0.5}
+    monkeypatch.setattr(command, "interrogate_model", lambda *_, **__: found)
+    result = CliRunner().invoke(app, ["interrogate", str(tmp_path), "data", "--json", str(tmp_path / "found.json")])
+    assert result.exit_code == 0 and "nan" in result.output
+    written = (tmp_path / "found.json").read_text()
+    assert "NaN" not in written
+    assert json.loads(written) == {"answers": 3, "admission_given_hack": None, "false_admission": 0.5}
