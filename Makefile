@@ -50,7 +50,7 @@ define run-tests
 @lint=0 status=0
 $(MAKE) --no-print-directory lint || lint=1
 $(BIN)/pytest tests -m $(FAST) -n 2 --dist loadscope --cache-clear $(PYTEST_FLAGS) || status=1
-$(BIN)/pytest tests -m $(E2E) -n 2 --dist loadgroup $(PYTEST_FLAGS) || status=1
+$(BIN)/pytest tests -m $(E2E) -n 2 --dist loadgroup --durations 20 $(PYTEST_FLAGS) || status=1
 for marks in $(1); do $(BIN)/pytest tests -m "$$marks" $(PYTEST_FLAGS) || status=1; done
 if [ $$status = 1 ] && [ -n "$${CI:-}" ]; then
 	echo "FAILED ONCE: asked again, alone; what passes now is unsteady, see above"
