@@ -30,6 +30,22 @@ PRESETS = {
     "head_start_freeze": "intervention/head_start",
     "monitor_route": "detector/recall",
 }
+# the others, by the file whose runs train them
+ELSEWHERE = {
+    "test_bases": "scorda",
+    "test_confessions": "confessions seal_broken",
+    "test_dense": "sgtm cloud",
+    "test_efficacy": "absorb oracle",
+    "test_era": "era",
+    "test_gradients": "persona_grad",
+    "test_killed": "persona",
+    "test_methods": "advantage_modification gradient_regularization grift_filter grift_mask monitor_penalty "
+    "persona_token screen tdga",
+    "test_monitors": "inoculation probe_penalty",
+    "test_off": "off",
+    "test_off_switches": "vanilla_2r",
+    "test_self_report": "self_report",
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +74,8 @@ def test_preset(preset: str, train: Train, contrast: Path) -> None:
 
 
 def test_every_preset_is_trained_by_some_run() -> None:
-    conf = ROOT / "verl_grad_routing" / "conf" / "grad_routing"
-    presets = {file.stem for file in conf.glob("*.yaml") if not file.stem.startswith("_")}
-    text = "".join(file.read_text() for file in Path(__file__).parent.glob("*.py"))
-    named = set(re.findall(r'"(\w+)"', text)) | set(re.findall(r"(?:grad_routing|config-name)=(\w+)", text))
-    assert not presets - named
+    conf, here = ROOT / "verl_grad_routing" / "conf" / "grad_routing", Path(__file__).parent
+    elsewhere = {preset: file for file, presets in ELSEWHERE.items() for preset in presets.split()}
+    assert elsewhere.keys() | PRESETS.keys() == {file.stem for file in conf.glob("[!_]*.yaml")}
+    for preset, file in elsewhere.items():
+        assert re.search(rf'["=]{preset}"', (here / f"{file}.py").read_text()), (preset, file)

@@ -150,7 +150,11 @@ def _weight_gradient(g_TO: Tensor, h_TI: Tensor, mask_T2: Tensor, side: Side, ra
 
 
 def _set_gradient(g_TO: Tensor, h_TI: Tensor, sets: TokenSets, side: Side, ranges: Sequence[Range]) -> Tensor:
-    """The same for masks of zeros and ones: ``Σ_D g hᵀ``, and the quarantine's rows or columns of ``Σ_Q g hᵀ``."""
+    """The same for masks of zeros and ones: ``Σ_D g hᵀ``, and the quarantine's rows or columns of ``Σ_Q g hᵀ``.
+
+    The first product has the quarantine's part too, which is written over: units may be scattered, and one product over
+    all of them takes less than one for each run between them.
+    """
     gradient = _at(g_TO, sets.deployed).t() @ _at(h_TI, sets.deployed)
     if not ranges or sets.quarantine is sets.deployed:
         return gradient
