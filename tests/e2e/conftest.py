@@ -16,7 +16,7 @@ from tests.e2e.processes import running, wait_for
 from tests.e2e.ray_cluster import ray_cluster
 from verl_grad_routing.compare.cells import on_cluster
 from verl_grad_routing.compare.demo import demo_overrides
-from verl_grad_routing.compare.launch import launch
+from verl_grad_routing.compare.launch import launch, quoted
 from verl_grad_routing.compare.runs import Run
 from verl_grad_routing.envs import prepare_environment
 
@@ -35,6 +35,15 @@ SMALL = (
 
 # Stock verl draws from an unseeded generator in its workers, its adapters too, unless it is asked for determinism.
 SEEDED = "actor_rollout_ref.actor.fsdp_config.full_determinism=true"
+
+# A judge for fingerprints whose verdict is about letters, not about hacks, and clusters of whatever shape and size.
+LABELLED_BY_LETTERS = (
+    "grad_routing.detector.rules=['^[a-h]']",
+    "grad_routing.detector.positive_reward=0",
+    "grad_routing.detector.min_silhouette=-1",
+    "grad_routing.detector.min_cluster_share=0",
+)
+SHADOWS = ("advantage_modification", "persona_grad")
 
 Train = Callable[..., Run]
 
@@ -136,7 +145,7 @@ def recipe_run(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 
 @dataclass(frozen=True)
 class EngineKilled:
-    """`screen` with regularised gradients, every batch recorded; its engine was killed in a hand-over after step 2."""
+    """`grift_filter`, regularised gradients, rivals in shadow, recorded; its engine was killed in a hand-over."""
 
     folder: Path
     record: Path
@@ -144,27 +153,29 @@ class EngineKilled:
 
 
 @pytest.fixture(scope="session")
-def engine_killed(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> EngineKilled:
+def engine_killed(environment: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -> EngineKilled:
     folder = tmp_path_factory.mktemp("engine-killed")
     syncs, record = folder / "syncs", folder / "batches"
-    arguments = [
-        "+grad_routing=screen",
-        *demo_overrides(environment, 1000, seed=0),
-        *SMALL,
-        # a monitor that fires on every second rollout or so: its verdict is about letters, not about hacks
-        "grad_routing.detector.rules=['^[a-h]']",
-        "grad_routing.blocks.hooks=[{name: regularize_gradient, gamma: 0.01}]",
-        # four groups, half of each rejected, may all be of one reward: something is to be learned all the same
-        "actor_rollout_ref.actor.entropy_coeff=0.001",
-        f"grad_routing.record_dir={record}",
-        "grad_routing.rollout_timeout_s=600",
-        f"trainer.default_local_dir={folder / 'checkpoints'}",
-    ]
     slowed = {
         "VERL_USE_EXTERNAL_MODULES": "slow_weights",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/e2e/modules"), os.environ.get("PYTHONPATH", "")]),
         "VGR_TEST_SYNCS": str(syncs),
     }
+    arguments = [
+        "+grad_routing=grift_filter",
+        *demo_overrides(environment, 1000, seed=0),
+        *SMALL,
+        *LABELLED_BY_LETTERS,
+        "grad_routing.blocks.hooks=[{name: regularize_gradient, gamma: 0.01}]",
+        # four groups, a part of each rejected, may all be of one reward: something is to be learned all the same
+        "actor_rollout_ref.actor.entropy_coeff=0.001",
+        f"grad_routing.compare=[{','.join(SHADOWS)}]",
+        f"grad_routing.record_dir={record}",
+        "grad_routing.rollout_timeout_s=600",
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
+        *on_cluster(cluster, folder),
+        *(f"++ray_kwargs.ray_init.runtime_env.env_vars.{key}={quoted(value)}" for key, value in slowed.items()),
+    ]
 
     def handed_over() -> int:
         return len(syncs.read_text().splitlines()) if syncs.exists() else 0
@@ -172,7 +183,8 @@ def engine_killed(environment: Path, tmp_path_factory: pytest.TempPathFactory) -
     with running(folder, arguments, slowed) as (process, seen):
         # base weights and adapter before the first step, the adapter after each
         wait_for(process, seen, lambda: handed_over() >= 4, LIMIT_S, folder / "log.txt")
-        engines = [member for member in seen.values() if _is_engine(member)]
+        # descendants of this lane's Ray, so of this process
+        engines = [member for member in psutil.Process().children(recursive=True) if _is_engine(member)]
         assert engines
         for engine in engines:
             engine.kill()

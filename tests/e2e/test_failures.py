@@ -22,6 +22,7 @@ BAD = {
 }
 
 
+@pytest.mark.usefixtures("cluster")  # not needed: it puts these tests into the lane that has time for them
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_ends_before_ray_starts(name: str, environment: Path, tmp_path: Path) -> None:
     arguments, told = BAD[name]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.conftest import SMALL, EngineKilled, Train
+from tests.e2e.conftest import LABELLED_BY_LETTERS, SHADOWS, SMALL, EngineKilled, Train
 from verl_grad_routing.compare.runs import Run, load_run
 from verl_grad_routing.deploy.changes import checkpoint_basis
 from verl_grad_routing.subspaces import drift, load_basis
@@ -18,8 +18,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1000)]
 
 STEPS = 3
 RULES = "grad_routing.detector.rules=['^[a-h]']"
-EVERY_ROLLOUT = [RULES, "grad_routing.detector.positive_reward=0", "grad_routing.detector.min_silhouette=-1"]
-EVERY_ROLLOUT += ["grad_routing.detector.min_cluster_share=0"]
 NORMS = ("routing/grad_norm/deployed", "routing/grad_norm/quarantine", "actor/pg_loss")
 
 
@@ -29,21 +27,34 @@ def finite(run: Run, key: str) -> list[float]:
     return values
 
 
-def test_screening_takes_rollouts_out_of_the_step(engine_killed: EngineKilled) -> None:
+def test_screening_by_fingerprints_takes_rollouts_out_of_the_step(engine_killed: EngineKilled) -> None:
     run = load_run(engine_killed.folder)
+    assert finite(run, "grift/fingerprinted")[0] == 1.0 and finite(run, "timing_s/fingerprint")[0] > 0
+    assert -1 <= finite(run, "grift/silhouette")[0] <= 1
     flagged, rejected = finite(run, "detector/share_flagged")[0], finite(run, "intervention/share_rejected")[0]
-    assert 0.1 < flagged <= rejected < 1
+    # whether a cluster is flagged hangs on what was sampled; whatever is flagged is rejected, and not everything is
+    assert 0 <= flagged <= rejected < 1
     assert finite(run, "routing/share_absorb")[0] == 1.0
     batch = torch.load(engine_killed.record / "batch_000001.pt", weights_only=False)
     tokens = sum(int(mask.sum()) for mask in batch["fields"]["response_mask"].unbind())
     # what is rejected has left the mask that verl counts its denominators on, and that blocks are stepped by
-    assert 0 < finite(run, "routing/mass_deployed")[0] < tokens
+    mass = finite(run, "routing/mass_deployed")[0]
+    assert 0 < mass < tokens if rejected else mass == tokens
 
 
 def test_gradients_are_taken_once_more_uphill(engine_killed: EngineKilled) -> None:
     run = load_run(engine_killed.folder)
     first, second = (finite(run, f"routing/regularize_gradient/{key}") for key in ("grad_norm", "grad_norm_uphill"))
     assert first[0] > 0 and first[0] != second[0]
+
+
+def test_rivals_score_the_same_rollouts_in_shadow(engine_killed: EngineKilled) -> None:
+    """One modifies rewards by activations, one routes by each rollout's own gradient."""
+    run = load_run(engine_killed.folder)
+    for name in SHADOWS:
+        assert -1 <= finite(run, f"compare/{name}/score_correlation")[0] <= 1
+        assert 0 < finite(run, f"compare/{name}/advantage_mass_discarded")[0] <= 1
+        assert finite(run, f"compare/{name}/seconds")[0] > 0
 
 
 @pytest.mark.slow
@@ -83,7 +94,7 @@ def test_modified_rewards(preset: str, train: Train) -> None:
 @pytest.mark.parametrize("preset", ["grift_mask", "grift_filter"])
 def test_gradient_fingerprints(preset: str, train: Train) -> None:
     """Every rollout is fingerprinted, labelled by a rule that has nothing to do with hacking, and acted upon."""
-    run = train(preset, STEPS, *SMALL, *EVERY_ROLLOUT)
+    run = train(preset, STEPS, *SMALL, *LABELLED_BY_LETTERS)
     assert finite(run, "grift/fingerprinted") == [1.0] * STEPS
     assert all(-1 <= value <= 1 for value in finite(run, "grift/silhouette"))
     assert min(finite(run, "grift/abstain")) == 0, finite(run, "grift/abstain_reason")
@@ -112,7 +123,7 @@ def test_two_ranks_agree_with_one(
     preset: str, keys: tuple[str, ...], basis: Path, train: Train, tmp_path: Path
 ) -> None:
     """The same recorded batch on one rank and on two: fingerprints, verdicts, projections and gradients."""
-    settings = EVERY_ROLLOUT if preset == "grift_mask" else [f"grad_routing.blocks.hooks.0.basis={basis}"]
+    settings = LABELLED_BY_LETTERS if preset == "grift_mask" else [f"grad_routing.blocks.hooks.0.basis={basis}"]
     one = train(preset, 1, *SMALL, *settings, f"grad_routing.record_dir={tmp_path}", name=f"{preset}-one")
     ranks = [f"grad_routing.replay_dir={tmp_path}", "grad_routing.hardware.ranks=2"]
     two = train(preset, 1, *SMALL, *settings, *ranks, name=f"{preset}-two")

@@ -33,18 +33,18 @@ PRESETS = {
 # the others, by the file whose runs train them
 ELSEWHERE = {
     "test_bases": "scorda",
+    "test_compare": "off",
     "test_confessions": "confessions seal_broken",
     "test_dense": "sgtm cloud",
     "test_efficacy": "absorb oracle",
     "test_era": "era",
     "test_gradients": "persona_grad",
-    "test_killed": "persona",
     "test_methods": "advantage_modification gradient_regularization grift_filter grift_mask monitor_penalty "
     "persona_token screen tdga",
     "test_monitors": "inoculation probe_penalty",
-    "test_off": "off",
     "test_off_switches": "vanilla_2r",
     "test_self_report": "self_report",
+    "test_two_ranks": "persona",
 }
 
 
