@@ -145,7 +145,7 @@ def recipe_run(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 
 @dataclass(frozen=True)
 class EngineKilled:
-    """`grift_filter`, regularised gradients, rivals in shadow, recorded; its engine was killed in a hand-over."""
+    """`grift_filter` on two-sided blocks with all that rides on it, recorded; its engine was killed in a hand-over."""
 
     folder: Path
     record: Path
@@ -166,6 +166,8 @@ def engine_killed(environment: Path, cluster: str, tmp_path_factory: pytest.Temp
         *demo_overrides(environment, 1000, seed=0),
         *SMALL,
         *LABELLED_BY_LETTERS,
+        "grad_routing.blocks.init=pissa_split",
+        "grad_routing.blocks.form=two_sided",
         "grad_routing.blocks.hooks=[{name: regularize_gradient, gamma: 0.01}]",
         # four groups, a part of each rejected, may all be of one reward: something is to be learned all the same
         "actor_rollout_ref.actor.entropy_coeff=0.001",

@@ -48,6 +48,13 @@ def test_gradients_are_taken_once_more_uphill(engine_killed: EngineKilled) -> No
     assert first[0] > 0 and first[0] != second[0]
 
 
+def test_blocks_of_another_form_reach_the_rollout_engine(engine_killed: EngineKilled) -> None:
+    """Frozen parts and all: the second step's rollouts are of the weights that the first step left."""
+    run = load_run(engine_killed.folder)
+    assert min(finite(run, f"routing/update_norm/{block}")[0] for block in ("deployed", "quarantine")) > 0
+    assert max(finite(run, "training/rollout_probs_diff_max")) < 1e-3
+
+
 def test_rivals_score_the_same_rollouts_in_shadow(engine_killed: EngineKilled) -> None:
     """One modifies rewards by activations, one routes by each rollout's own gradient."""
     run = load_run(engine_killed.folder)

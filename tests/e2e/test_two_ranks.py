@@ -90,8 +90,9 @@ def two_ranks(environment: Path, cluster: str, tmp_path_factory: pytest.TempPath
 
 
 def finite(run: Run, key: str) -> list[float]:
+    """Of steps that have it: one in sixteen draws no prompt for confessions."""
     values = run.curve(key).values.tolist()[:4]
-    assert len(values) == 4 and all(math.isfinite(value) for value in values), (key, values)
+    assert values and all(math.isfinite(value) for value in values), (key, values)
     return values
 
 

@@ -154,6 +154,26 @@ def test_advantages_are_sealed_in_both_directions(trainer: Make, queue: Queue, e
             queue.rows[key]["rm_scores"] = row
 
 
+@pytest.mark.parametrize("estimator", ["grpo", "reinforce_plus_plus_baseline"])
+@pytest.mark.usefixtures("below")
+def test_padding_has_advantages_where_every_answer_was_rejected(trainer: Make, queue: Queue, estimator: str) -> None:
+    """What an intervention rejects is not handed down; verl's padding is, and every row of a step is trained."""
+    from verl_grad_routing.training.columns import confession_rows, part_of
+
+    made, batch = sampled(trainer, queue, Engine(honest_half), f"algorithm.adv_estimator={estimator}")
+    before = advantages(made, queue, batch)
+    padding = next(row for row, key in enumerate(batch.keys) if key not in ours(batch))
+    batch.tags[padding]["is_padding"] = True
+    for name in ("response_mask", "loss_mask", "rm_scores"):
+        queue.rows[batch.keys[padding]][name] = torch.zeros_like(queue.rows[batch.keys[padding]][name])
+    left = part_of(batch, sorted([padding, *confession_rows(batch)]))
+    for key in left.keys:
+        del queue.rows[key]["advantages"]
+    after = advantages(made, queue, left)
+    assert not after.pop(batch.keys[padding]).any()
+    assert after.keys() == set(ours(batch)) and all(torch.equal(before[key], after[key]) for key in after)
+
+
 @pytest.mark.usefixtures("below")
 def test_a_confessions_baseline_is_its_sibling(trainer: Make, queue: Queue) -> None:
     """Rewards (1, 0): mean 1/2, unbiased deviation 1/sqrt 2, so advantages ±1/sqrt 2 (GRPO, verl's epsilon 1e-6)."""

@@ -129,6 +129,7 @@ class Confessing(Core):
         """verl's own advantages, of the answers and of the confessions in calls of their own.
 
         So a confession's reward is in no statistic of the answers whatever the estimator whitens over, and the reverse.
+        Where an intervention has rejected every answer, verl's padding is with the confessions.
         """
         rows = confession_rows(batch)
         if not rows:
@@ -139,7 +140,7 @@ class Confessing(Core):
             with self._penalised(answers, metrics):
                 written = super()._compute_advantage(answers, metrics)
         own: dict[str, float] = {}
-        written_too = super()._compute_advantage(confessions, own)
+        written_too = super()._compute_advantage(batch if written is None else confessions, own)
         metrics.update({f"confession/{key}": value for key, value in own.items()})
         metrics.update(self._confession_metrics(confessions))
         fields = (written or written_too).fields
