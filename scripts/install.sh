@@ -47,6 +47,9 @@ headers || apt_install "$(.venv/bin/python -c 'import sys; print("python%d.%d-de
 # Programs that a policy wrote run in bubblewrap or not at all; the tests of the sandbox fail where it is missing.
 command -v bwrap >/dev/null || [ -n "${VGR_BWRAP:-}" ] || apt_install bubblewrap
 
+# Tests look at reports in a browser: skipped where there is none, but in CI.
+[ -z "${CI:-}" ] || command -v chromium >/dev/null || apt_install chromium
+
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
 quiet=()
 if [ -n "${CI:-}" ] || [ ! -t 1 ]; then quiet=(--quiet --progress-bar off); fi
