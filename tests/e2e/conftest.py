@@ -166,6 +166,7 @@ def engine_killed(environment: Path, cluster: str, tmp_path_factory: pytest.Temp
         *demo_overrides(environment, 1000, seed=0),
         *SMALL,
         *LABELLED_BY_LETTERS,
+        "grad_routing.detector.min_cluster_share=0.25",  # so that some group of four keeps two rollouts
         "grad_routing.blocks.init=pissa_split",
         "grad_routing.blocks.form=two_sided",
         "grad_routing.blocks.hooks=[{name: regularize_gradient, gamma: 0.01}]",

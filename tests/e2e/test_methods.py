@@ -32,7 +32,7 @@ def test_screening_by_fingerprints_takes_rollouts_out_of_the_step(engine_killed:
     assert finite(run, "grift/fingerprinted")[0] == 1.0 and finite(run, "timing_s/fingerprint")[0] > 0
     assert -1 <= finite(run, "grift/silhouette")[0] <= 1
     flagged, rejected = finite(run, "detector/share_flagged")[0], finite(run, "intervention/share_rejected")[0]
-    # whether a cluster is flagged hangs on what was sampled; whatever is flagged is rejected, and not everything is
+    # whether a cluster is flagged hangs on what was sampled; whatever is flagged is rejected, and some group is kept
     assert 0 <= flagged <= rejected < 1
     assert finite(run, "routing/share_absorb")[0] == 1.0
     batch = torch.load(engine_killed.record / "batch_000001.pt", weights_only=False)
@@ -59,8 +59,8 @@ def test_rivals_score_the_same_rollouts_in_shadow(engine_killed: EngineKilled) -
     """One modifies rewards by activations, one routes by each rollout's own gradient."""
     run = load_run(engine_killed.folder)
     for name in SHADOWS:
-        assert -1 <= finite(run, f"compare/{name}/score_correlation")[0] <= 1
-        assert 0 < finite(run, f"compare/{name}/advantage_mass_discarded")[0] <= 1
+        for key in ("agreement", "advantage_mass_discarded"):
+            assert all(-1e-9 <= value <= 1 for value in finite(run, f"compare/{name}/{key}"))
         assert finite(run, f"compare/{name}/seconds")[0] > 0
 
 
