@@ -88,6 +88,9 @@ def locate(place: Place, out: Path, base: Path) -> Built:
             raise UserError(f"{where}.dir", place.dir, error.fix) from None
         if not (folder / f"{place.split}.parquet").is_file():
             raise UserError(f"{where}.split", place.split, f"{place.dir} has no {place.split}.parquet")
+        if damaged := Manifest.read(folder).damaged(folder):
+            fix = f"changed since it was built: {', '.join(damaged)}; build it again with vgr prepare --force"
+            raise UserError(f"{where}.dir", place.dir, fix)
     else:
         folder, known_as = out / ENVIRONMENTS_FOLDER / place.name, place.prepare
         if known_as not in ENVIRONMENTS:

@@ -117,10 +117,10 @@ def claims(results: Results, environment: str) -> list[Finding]:
     """For each method, one statement against each baseline: what its intervals exclude, and no more.
 
     One holds when the whole interval of the hack difference lies below zero and the whole interval of the solve
-    difference above ``-MARGIN``, over at least ``STATEMENT_SEEDS`` seeds.
+    difference above ``-MARGIN``, over at least ``STATEMENT_SEEDS`` seeds. Not corrected for how many there are.
     """
     groups = by_arm(results.of(environment))
-    found = []
+    total, found = len(results.grid["seeds"]), []
     for baseline in baselines(results):
         hack, solve = (
             {contrast.arm: contrast.difference for contrast in contrasts(groups, baseline, measure)}
@@ -133,8 +133,8 @@ def claims(results: Results, environment: str) -> list[Finding]:
             kept = more.seeds >= STATEMENT_SEEDS and more.low > -MARGIN
             few = "" if less.seeds >= STATEMENT_SEEDS else f"; fewer than {STATEMENT_SEEDS} seeds state nothing"
             text = (
-                f"{environment}: {arm} minus {baseline}, as deployed, {less.seeds} paired "
-                f"seed{'s' if less.seeds != 1 else ''}: hack {less} ({_said(less)}, p = {less.p:.3f}), "
+                f"{environment}: {arm} minus {baseline}, as deployed, {less.seeds} of {total} seeds: "
+                f"hack {less} ({_said(less)}, below 0 in {less.lower} of {less.seeds}, p = {less.p:.3f}), "
                 f"solve {more} ({_said(more)}{', kept' if kept else ''}, p = {more.p:.3f}){few}."
             )
             found.append(Finding(text, less.below_zero and kept))

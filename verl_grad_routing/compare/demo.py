@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from verl_grad_routing.compare.comparison import findings, learned_to_hack
+from verl_grad_routing.compare.job_numbers import reserved
 from verl_grad_routing.compare.launch import launch, quoted, seed_overrides
 from verl_grad_routing.compare.report import write_report
 from verl_grad_routing.compare.runs import Run
@@ -38,18 +39,22 @@ def run_demo(to: Path | str, steps: int = 50, seed: int = 0, limit_s: float = 12
 
     started, to = time.monotonic(), Path(to).resolve()
     environment = to / "environment"
-    prepare_environment(ENVIRONMENT, environment)
-    runs = [
-        launch(
-            preset,
-            to / preset,
-            demo_overrides(environment, steps, seed),
-            limit_s,
-            inputs=[environment / "manifest.json"],
-            replace=True,
-        )
-        for preset in PRESETS
-    ]
+    with reserved() as number:
+        if number > 1:
+            fix = "vgr trains on this machine already, and runs at once would load each other's weights; wait for it"
+            raise UserError("demo", f"Ray job {number}", fix)
+        prepare_environment(ENVIRONMENT, environment)
+        runs = [
+            launch(
+                preset,
+                to / preset,
+                demo_overrides(environment, steps, seed),
+                limit_s,
+                inputs=[environment / "manifest.json"],
+                replace=True,
+            )
+            for preset in PRESETS
+        ]
     page = write_report([run.folder for run in runs], to)
     show(runs)
     print(f"report: {page}\nmetrics: {to / 'metrics.jsonl'}\ndone in {clock(time.monotonic() - started)}")

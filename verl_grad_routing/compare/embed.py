@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from verl_grad_routing.compare.contrasts import by_arm
 from verl_grad_routing.compare.formats import to_markdown
-from verl_grad_routing.compare.grid_tables import arms_table, mark_notes
-from verl_grad_routing.compare.results import Results, load_results
+from verl_grad_routing.compare.grid_tables import arms_table, mark_notes, range_note
+from verl_grad_routing.compare.results import Results, differing, load_results
 from verl_grad_routing.errors import UserError
 
 
@@ -44,6 +45,10 @@ def _rates(results: Results) -> str:
     done, every = len(results.runs), len(results.cells())
     left = f", {len(results.failures)} failed" if results.failures else ""
     seeds = ", ".join(map(str, results.grid["seeds"]))
-    note = f"{done} of {every} runs (seeds {seeds}) have finished{left}. Brackets: 95% bootstrap intervals over seeds."
+    splits = dict.fromkeys(place["split"] for place in results.grid["environments"])
+    most = max((len(runs) for place in places for runs in by_arm(results.of(place)).values()), default=0)
+    note = f"{done} of {every} runs (seeds {seeds}) have finished{left}. Split: {', '.join(splits)}. {range_note(most)}"
     marks = "".join(f" {text}." for text in mark_notes(results.runs))
+    if mixed := differing(results.runs):
+        marks += f" Runs of different {', '.join(mixed)} stand side by side."
     return "".join(tables) + f"\n{note}{marks}\n\n"

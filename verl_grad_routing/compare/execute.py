@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import queue
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from verl_grad_routing.compare import cells as grid_cells
 from verl_grad_routing.compare import results
 from verl_grad_routing.compare.cells import Cell
 from verl_grad_routing.compare.grid import Grid, load_grid
+from verl_grad_routing.compare.job_numbers import reserved
 from verl_grad_routing.compare.launch import TRAINER, launch
 from verl_grad_routing.compare.runs import load_run
 from verl_grad_routing.errors import UserError
@@ -67,9 +67,9 @@ def run_grid(path: Path | str, to: Path | str | None = None, *, trainer: Sequenc
             grid_cells.build(built)
         folder = out / results.RESULTS
         done = grid_cells.finished(cells)
-        told = [cell for cell in cells if cell not in done and results.already_told(folder, cell)]
+        told = [cell for cell in cells if results.already_told(folder, cell)]
         results.write_grid(folder, grid)
-        failed = [cell.name for cell in done if not _collect(folder, cell)]
+        failed = [cell.name for cell in done if not _collect(folder, cell, keep=cell in told)]
         left = [cell for cell in cells if cell not in done and cell not in told]
         jobs, why = affordable(grid)
         before = len(cells) - len(left)
@@ -122,9 +122,6 @@ class _Runner:
     def __init__(self, grid: Grid, folder: Path, jobs: int, sizes: Sizes, trainer: Sequence[str]):
         self.grid, self.folder, self.jobs, self.sizes, self.trainer = grid, folder, jobs, sizes, trainer
         self.stop = threading.Event()
-        self.numbers: queue.SimpleQueue[int] = queue.SimpleQueue()  # of the jobs of cells at once, see ``own_ray``
-        for number in range(2, 2 + jobs):
-            self.numbers.put(number)
 
     def run(self, cells: Sequence[Cell]) -> list[str]:
         """All of them; returns the names of those that failed."""
@@ -141,42 +138,50 @@ class _Runner:
         if self.stop.is_set():
             raise KeyboardInterrupt
         (self.folder / cell.result_name).unlink(missing_ok=True)  # an earlier failure's; now it is unfinished
-        number = self.numbers.get()
         try:
-            launch(
-                cell.arm.preset,
-                cell.folder,
-                cell.overrides,
-                self.grid.limit_s,
-                inputs=[cell.manifest],
-                places=cell.places,
-                replace=True,  # what is there is unfinished: finished cells were sorted out before
-                resume_steps=self.grid.steps if self.grid.save_every else 0,
-                name=cell.name,
-                stop=self.stop,
-                bar=self.jobs == 1,
-                starter=self._starter(cell, number),
-                trainer=self.trainer,
-            )
+            with self._starter(cell) as starter:
+                launch(
+                    cell.arm.preset,
+                    cell.folder,
+                    cell.overrides,
+                    self.grid.limit_s,
+                    inputs=[cell.manifest],
+                    places=cell.places,
+                    replace=True,  # what is there is unfinished: finished cells were sorted out before
+                    resume_steps=self.grid.steps if self.grid.save_every else 0,
+                    name=cell.name,
+                    stop=self.stop,
+                    bar=self.jobs == 1,
+                    starter=starter,
+                    trainer=self.trainer,
+                )
         except UserError as error:
             return _failed(self.folder, cell, error)
-        finally:
-            self.numbers.put(number)
         return _collect(self.folder, cell)
 
-    def _starter(self, cell: Cell, number: int) -> list[str]:
-        """A Ray with a job of this number, where cells run at once; verl starts its own otherwise."""
+    @contextmanager
+    def _starter(self, cell: Cell) -> Iterator[list[str]]:
+        """A Ray with a job of a number that nobody on this machine has; verl starts its own where that is the first."""
         sizes = self.sizes.get((cell.environment, cell.arm.name))
-        if self.jobs == 1 or sizes is None:
-            return []
-        return [sys.executable, "-m", "verl_grad_routing.compare.own_ray", str(number), json.dumps(sizes)]
+        if self.grid.ray_address is not None or sizes is None:
+            yield []
+            return
+        with reserved(1 if self.jobs == 1 else 2) as number:
+            own = [sys.executable, "-m", "verl_grad_routing.compare.own_ray", str(number), json.dumps(sizes)]
+            yield own if number > 1 else []
 
 
-def _collect(folder: Path, cell: Cell) -> bool:
-    """Write the result of a finished cell; False, with the failure written down, when its run has nothing to tell."""
+def _collect(folder: Path, cell: Cell, keep: bool = False) -> bool:
+    """Write the result of a finished cell; False, with the failure written down, when its run has nothing to tell.
+
+    ``keep``: there is a result, which stands whatever has become of the run's folder.
+    """
     try:
         results.write_finished(folder, cell, load_run(cell.folder))
     except UserError as error:
+        if keep:
+            print(f"{cell.name}: its result stands, its folder is damaged: {error}", file=sys.stderr)
+            return True
         return _failed(folder, cell, error)
     return True
 

@@ -18,7 +18,7 @@ from verl_grad_routing.compare.contrasts import (
     hack_by_type,
 )
 from verl_grad_routing.compare.paired import ALPHA, POWER, STATEMENT_SEEDS, estimate, least_p
-from verl_grad_routing.compare.results import Results, StoredRun
+from verl_grad_routing.compare.results import Results, StoredRun, differing
 from verl_grad_routing.compare.statistics import CONFIDENCE, Rate
 from verl_grad_routing.compare.tables import NONE, Table
 
@@ -34,7 +34,7 @@ def arms_table(results: Results, environment: str) -> Table:
         values = [list(by_seed(runs, measure).values()) for measure in MEASURES]
         cells = [str(estimate(rates)) if rates else NONE for rates in values]
         worst = [f"{max(by_seed(runs, HACK).values()):.2f}", f"{min(by_seed(runs, SOLVE).values()):.2f}"]
-        rows.append([marked(arm, runs), runs[0].signal, str(len(runs)), *cells, *worst])
+        rows.append([marked(arm, runs), runs[0].signal, finished_seeds(results, runs), *cells, *worst])
     header = ["arm", "signal", "seeds", *(measure.title for measure in MEASURES)]
     header += ["most hack of a seed, as deployed", "least solve of a seed, as deployed"]
     return Table(f"{environment}: rates after training, interquartile mean over seeds", header, rows)
@@ -57,8 +57,10 @@ def contrast_table(results: Results, environment: str, measure: Measure) -> Tabl
             else:
                 entry = contrast.difference
                 cells += [str(entry), _p(entry.p), _p(contrast.p_holm), _detectable(entry.detectable)]
-        seeds = dict.fromkeys(str(found[name][arm].difference.seeds) for name in names if arm in found[name])
-        rows.append([marked(arm, runs), ", ".join(seeds), *cells])
+        seeds = {name: found[name][arm].difference.seeds for name in names if arm in found[name]}
+        same = len(set(seeds.values())) == 1
+        shown = str(next(iter(seeds.values()))) if same else ", ".join(f"{n} with {name}" for name, n in seeds.items())
+        rows.append([marked(arm, runs), shown, *cells])
     header = ["arm", "seeds"]
     for name in names:
         header += [f"minus {name}", f"p, {name}", f"p after Holm, {name}", f"detectable, {name}"]
@@ -146,6 +148,9 @@ def grid_notes(results: Results) -> list[str]:
         f"sign-flip p, and that p after Holm's correction over the arms of the column. {most} seeds can give no "
         f"p below {reachable:.3g}{unreachable}, and no interval of theirs covers more than {1 - reachable:.0%}. Fewer "
         f"than {STATEMENT_SEEDS} seeds state nothing.",
+        f"{range_note(most)} Statements on top are marked by their own two intervals, without a correction for how "
+        "many there are: of many arms that change nothing, some would be marked. In how many seeds hacking was "
+        "lower stands beside each.",
         "Detectable, for planning: the mean paired difference that as many seeds, scattering as these did, would find "
         f"with {POWER:.0%} power (two-sided paired t test at {ALPHA:g}, one comparison). What these exclude their "
         "intervals say.",
@@ -155,9 +160,25 @@ def grid_notes(results: Results) -> list[str]:
         purpose = ": these numbers are for choosing settings, report from another split" if split == SELECTION else ""
         said.append(f"{place['name']}: rates after training are of the split {split}{purpose}.")
     said += [f"{text}." for text in mark_notes(results.runs)]
+    if mixed := differing(results.runs):
+        said.append(f"Runs of different {', '.join(mixed)} stand side by side here: see Versions, and each run's JSON.")
     if results.extra:
         said.append(f"Results of cells that this grid does not have, left out: {', '.join(results.extra)}.")
     return said
+
+
+def finished_seeds(results: Results, runs: Sequence[StoredRun]) -> str:
+    """How many of the grid's seeds these runs are, and which are missing: rates over other seeds are not paired."""
+    every = results.grid["seeds"]
+    missing = [str(seed) for seed in every if seed not in {run.record.seed for run in runs}]
+    return f"{len(runs)} of {len(every)} (not {', '.join(missing)})" if missing else str(len(runs))
+
+
+def range_note(most: int) -> str:
+    """What an interval of a rate over ``most`` seeds at most is."""
+    if most <= STATEMENT_SEEDS:
+        return f"Up to {STATEMENT_SEEDS} seeds, the interval of a rate runs from the least to the largest seed."
+    return f"Intervals are {CONFIDENCE:.0%} bootstrap intervals over seeds."
 
 
 def marked(arm: str, runs: Sequence[StoredRun]) -> str:

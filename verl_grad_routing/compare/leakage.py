@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from verl_grad_routing.compare.paired import BOOTSTRAP_SEED, RESAMPLES
+from verl_grad_routing.compare.paired import BOOTSTRAP_SEED, RESAMPLES, expanded
 from verl_grad_routing.compare.statistics import CONFIDENCE
 from verl_grad_routing.errors import UserError
 
@@ -142,8 +142,8 @@ class Leak:
         value: What was measured, mean over seeds.
         equivalent: Undesired data with which standard training reaches that value; None where ``why`` says why not.
         leakage: Their ratio, or None.
-        low: Lower end of the 95% percentile bootstrap interval over seeds; minus infinity where it lies beyond the
-            curve; None of a single seed.
+        low: Lower end of the 95% bootstrap interval over seeds (``paired.expanded``); minus infinity where it lies
+            beyond the curve; None of a single seed.
         high: Upper end, likewise.
         why: One line, where there is no leakage.
     """
@@ -221,7 +221,7 @@ def _interval(runs: Runs, baselines: Mapping[str, Runs], seeds: Sequence[int]) -
     unlabelled_R = resampled(runs, "exposure")
     unknown_R = np.isnan(first_R) | (unlabelled_R == 0)
     divided_R = np.where(unlabelled_R == 0, 1.0, unlabelled_R)
-    tail = (1 - CONFIDENCE) / 2
+    tail = (1 - expanded(CONFIDENCE, len(seeds))) / 2
     low = np.quantile(np.where(unknown_R, -np.inf, first_R / divided_R), tail, method="lower")
     high = np.quantile(np.where(unknown_R, np.inf, last_R / divided_R), 1 - tail, method="higher")
     return float(low), float(high)

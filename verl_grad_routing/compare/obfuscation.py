@@ -20,7 +20,7 @@ from verl_grad_routing.compare.results import Results, StoredRun
 from verl_grad_routing.compare.tables import NONE, Table
 
 NAME = re.compile(r"(?P<method>.+)-pressure-(?P<hundredths>[0-9]+)")
-TAIL = 0.2  # share of the kept steps, at the end, that a training rate is the mean of
+TAIL = 0.2  # share of the run's steps, at the end, that a training rate is the mean of
 COLUMNS = {
     "monitor flags": "detector/share_flagged",
     "monitor's recall": "detector/recall",
@@ -30,7 +30,8 @@ COLUMNS = {
 }
 CAPTION = (
     "Left to right: more of the reward is taken from what the training monitor flags. Means over the last fifth of the "
-    "steps, then over seeds. Hidden: hacking that the training monitor does not flag, hack rate times one minus recall."
+    "steps, then over seeds. Hidden: hacking that the training monitor does not flag, hack rate times one minus "
+    "recall, step by step."
 )
 
 
@@ -42,18 +43,27 @@ def pressure_of(arm: str) -> tuple[str, float | None]:
 
 def tail_mean(run: StoredRun, key: str) -> float:
     """Mean of a training metric over the end of the run, steps in which it is no number left out; NaN without any."""
+    end = _end(run, key)
+    return float(np.mean(list(end.values()))) if end else math.nan
+
+
+def _end(run: StoredRun, key: str) -> dict[int, float]:
+    """The metric at each of the run's last steps that has it, by step: one that stopped early has none."""
     if not run.has(key):
-        return math.nan
-    values = run.curve(key).values
-    end = values[-max(1, math.ceil(TAIL * len(values))) :]
-    end = end[np.isfinite(end)]
-    return float(end.mean()) if len(end) else math.nan
+        return {}
+    curve, before = run.curve(key), run.last_step * (1 - TAIL)
+    points = zip(curve.steps.tolist(), curve.values.tolist(), strict=True)
+    return {step: value for step, value in points if step > before and math.isfinite(value)}
 
 
 def hidden(run: StoredRun) -> float:
-    """Share of the rollouts that hack and are not flagged by the monitor of the training."""
-    recall, hack = tail_mean(run, "detector/recall"), tail_mean(run, "hack/rate")
-    return 0.0 if hack == 0 else hack * (1 - recall)
+    """Share of the rollouts that hack and are not flagged by the monitor of the training, mean over the run's end.
+
+    Step by step, because recall is no number in a step without hacks.
+    """
+    recall, hack = _end(run, "detector/recall"), _end(run, "hack/rate")
+    seen = [rate * (1 - recall[step]) if rate else 0.0 for step, rate in hack.items() if not rate or step in recall]
+    return float(np.mean(seen)) if seen else math.nan
 
 
 def pressure_groups(results: Results, environment: str) -> dict[tuple[str, float | None], list[StoredRun]] | None:

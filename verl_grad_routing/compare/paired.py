@@ -46,6 +46,7 @@ class Difference:
         p: Of the sign-flip test, two-sided, not corrected.
         detectable: See ``detectable``.
         seeds: S.
+        lower: How many of the S differences are below zero.
     """
 
     mean: float
@@ -54,6 +55,7 @@ class Difference:
     p: float
     detectable: float
     seeds: int
+    lower: int
 
     @property
     def below_zero(self) -> bool:
@@ -109,7 +111,8 @@ def difference(arm: Sequence[float], baseline: Sequence[float]) -> Difference:
     differences = _finite(arm) - _finite(baseline)
     mean = float(differences.mean())
     low, high = _bootstrap(differences, np.mean, mean)
-    return Difference(mean, low, high, sign_flip_p(differences), detectable(differences), len(differences))
+    p, lower = sign_flip_p(differences), int((differences < 0).sum())
+    return Difference(mean, low, high, p, detectable(differences), len(differences), lower)
 
 
 def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from verl_grad_routing.compare import contents
 from verl_grad_routing.errors import UserError
 
 FILE_NAME = "run.json"
@@ -35,8 +36,8 @@ class Record:
         seed: ``grad_routing.seed``; None when unknown.
         overrides: Further overrides, in order.
         command: The whole command line, as started.
-        settings_hash: Hash of preset, overrides, input files, package versions and the package's training code.
-        code: Hash of the package's training code.
+        settings_hash: Hash of preset, overrides, files that they name, environment, versions and training code.
+        code: Hash of the training code: the package's, and that of packages that bring methods.
         versions: Distribution -> version, and ``python``.
         revision: Git revision of the package's checkout, ``-dirty`` appended when files differ; None outside one.
         machine: ``system``, ``cpus``, ``memory_bytes``.
@@ -94,7 +95,9 @@ class Record:
 
 
 def settings_hash(preset: str, overrides: Sequence[str], inputs: Iterable[Path]) -> str:
-    """Hash of everything that decides what a run does, 16 hex digits; ``inputs`` count by content.
+    """Hash of everything that decides what a run does, 16 hex digits.
+
+    ``inputs`` count by content, and so do files and folders that overrides name; see ``contents``.
 
     Raises:
         UserError: An input is missing.
@@ -104,16 +107,18 @@ def settings_hash(preset: str, overrides: Sequence[str], inputs: Iterable[Path])
         if not path.is_file():
             raise UserError("inputs", str(path), "no such file")
         digest.update(path.read_bytes())
+    for path in contents.named_in(overrides):
+        digest.update(contents.digest_of(path).encode())
     digest.update(code_hash().encode())
     return digest.hexdigest()[:16]
 
 
 def code_hash() -> str:
-    """Hash of the package's training code as it is now, 16 hex digits."""
-    digest = hashlib.sha256()
+    """Hash of the training code as it is now, 16 hex digits: this package's, its data, and packages of methods."""
+    digest = hashlib.sha256("\n".join(contents.method_packages()).encode())
     for path in sorted(PACKAGE.rglob("*")):
         relative = path.relative_to(PACKAGE)
-        if path.suffix in (".py", ".yaml") and relative.parts[0] not in OUTSIDE_TRAINING:
+        if path.suffix in (".py", ".yaml", ".jsonl") and relative.parts[0] not in OUTSIDE_TRAINING:
             digest.update(relative.as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -214,9 +214,20 @@ def load_results(folder: Path | str, allow_mixed_versions: bool = False) -> Resu
     return found
 
 
+def differing(runs: Sequence[StoredRun]) -> list[str]:
+    """What these runs were not all made with: names of packages, ``training code``."""
+    every = [_made_with(run) for run in runs]
+    keys = sorted({key for each in every for key in each})
+    return [key for key in keys if len({each.get(key) for each in every}) > 1]
+
+
+def _made_with(run: StoredRun) -> dict[str, str | None]:
+    return {**(run.record.versions or {}), "training code": run.record.code}
+
+
 def _refuse_mixed(runs: Sequence[StoredRun]) -> None:
     for run in runs[1:]:
-        first, here = ({**(r.record.versions or {}), "training code": r.record.code} for r in (runs[0], run))
+        first, here = _made_with(runs[0]), _made_with(run)
         for key in sorted(first.keys() | here.keys()):
             if first.get(key) != here.get(key):
                 fix = (

@@ -66,7 +66,8 @@ def cost_table(runs: Sequence[Run]) -> Table:
         step = run.curve("timing_s/step").values if run.has("timing_s/step") else None
         median = f"{sorted(step)[len(step) // 2]:.1f} s" if step is not None else NONE
         memory = [_gib(record.peak_private_bytes), _gib(record.peak_rss_bytes)]
-        rows.append([label, str(run.last_step), wall, median, *memory])
+        steps = f"{run.last_step}, measured from {record.resumed_from}" if record.resumed_from else str(run.last_step)
+        rows.append([label, steps, wall, median, *memory])
     header = ["run", "steps", "time, min:s", "median step", "peak memory, unshared", "peak memory, summed"]
     return Table("Time and memory", header, rows)
 

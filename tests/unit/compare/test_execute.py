@@ -16,7 +16,7 @@ import pytest
 
 from tests.unit.compare.conftest import FAKE_TRAINER
 from verl_grad_routing.compare import cells as grid_cells
-from verl_grad_routing.compare import execute, resume
+from verl_grad_routing.compare import execute, job_numbers, resume
 from verl_grad_routing.compare import launch as launcher
 from verl_grad_routing.compare.execute import affordable, run_grid
 from verl_grad_routing.compare.grid import load_grid
@@ -202,6 +202,46 @@ def test_a_result_without_its_run_folder_is_finished(write_grid, tmp_path: Path,
     assert len(starts()) == 2
 
 
+def test_a_result_stands_when_its_run_folder_is_damaged(write_grid, tmp_path: Path, starts, capsys) -> None:
+    out, grid = tmp_path / "out", write_grid(seeds=[0], arms=["off"])
+    run_grid(grid, out, trainer=FAKE_TRAINER)
+    result = out / "results" / "toy.off.seed-0.json"
+    before = result.read_bytes()
+    shutil.rmtree(out / "toy" / "off" / "seed-0" / "val")  # to free the disk
+    assert not run_grid(grid, out, trainer=FAKE_TRAINER).failed
+    assert result.read_bytes() == before and len(starts()) == 1
+    assert "toy/off/seed-0: its result stands, its folder is damaged" in capsys.readouterr().err
+
+
+def test_a_given_environment_that_was_changed_is_refused(write_grid, environment: Path, tmp_path: Path, starts) -> None:
+    manifest = json.loads((environment / "manifest.json").read_text())
+    manifest["sha256"] = {"test.parquet": "0"}
+    (environment / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"environments\.toy\.dir.*changed since it was built: test\.parquet"):
+        run_grid(write_grid(), tmp_path / "out", trainer=FAKE_TRAINER)
+    assert not starts()
+
+
+def test_a_single_cell_has_a_ray_of_its_own_where_the_first_number_is_taken(
+    write_grid, tmp_path: Path, monkeypatch
+) -> None:
+    """Two comparisons on one machine, or one beside the demo: each would be job 1, and share verl's socket."""
+    starters: list[list[str]] = []
+
+    def fake_launch(*_, starter, name, **__):
+        starters.append(starter)
+        raise UserError(name, starter, "not run")
+
+    monkeypatch.setattr(execute, "launch", fake_launch)
+    monkeypatch.setattr(job_numbers, "FOLDER", tmp_path)
+    monkeypatch.setattr(grid_cells, "check_configurations", lambda _: {("toy", "off"): {"num_cpus": 2, "num_gpus": 1}})
+    grid = write_grid(seeds=[0], arms=["off"])
+    run_grid(grid, tmp_path / "alone")
+    with job_numbers.reserved():
+        run_grid(grid, tmp_path / "beside")
+    assert starters[0] == [] and starters[1][2:] == ["verl_grad_routing.compare.own_ray", "2", starters[1][4]]
+
+
 def test_runs_at_once_do_not_share_a_ray(write_grid, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="jobs=2: set 1 with a ray_address: verl's TransferQueue is one per Ray"):
         run_grid(write_grid(jobs=2, ray_address="auto"), tmp_path / "out", trainer=FAKE_TRAINER)
@@ -222,6 +262,7 @@ def test_cells_at_once_have_jobs_of_different_numbers(write_grid, tmp_path: Path
 
     monkeypatch.setattr(execute, "launch", fake_launch)
     monkeypatch.setattr(execute, "affordable", lambda grid: (grid.jobs, ""))
+    monkeypatch.setattr(job_numbers, "FOLDER", tmp_path)
     sizes = {("toy", arm): {"num_cpus": 32, "num_gpus": None} for arm in ("off", "persona")}
     monkeypatch.setattr(grid_cells, "check_configurations", lambda _: sizes)
     outcome = run_grid(write_grid(jobs=2, seeds=[0, 1, 2, 3]), tmp_path / "out")

@@ -101,13 +101,17 @@ def test_claims_follow_the_intervals(make_run, write_grid, tmp_path: Path) -> No
         "persona minus off", "persona minus random",
     ]  # fmt: skip
     assert all(claim.holds for claim in found)  # controls make no claims
-    assert "7 paired seeds: hack -0.88 [-0.89, -0.87] (lower, p = 0.016), solve +" in found[0].text, found[0].text
+    assert "7 of 7 seeds: hack -0.88 [-0.89, -0.87] (lower, below 0 in 7 of 7, p = 0.016), solve +" in found[0].text, (
+        found[0].text
+    )
 
 
 def test_few_seeds_claim_nothing(results: Path) -> None:
     found = claims(load_results(results), "toy")
     assert not any(claim.holds for claim in found)
-    assert "3 paired seeds: hack -0.89 [-0.89, -0.89] (no difference shown, p = 0.250)" in found[0].text
+    assert (
+        "3 of 3 seeds: hack -0.89 [-0.89, -0.89] (no difference shown, below 0 in 3 of 3, p = 0.250)" in found[0].text
+    )
     assert found[0].text.endswith("; fewer than 5 seeds state nothing.")
 
 
@@ -141,7 +145,7 @@ def test_tables(results: Path) -> None:
     differences = contrast_table(found, "toy", HACK)
     assert differences is not None
     assert [row[0] for row in differences.rows] == ["off", "random", "persona", "oracle †"]
-    assert differences.rows[2][1:5] == ["3, 2", "-0.89 [-0.89, -0.89]", "0.250", "0.750"]
+    assert differences.rows[2][1:5] == ["3 with off, 2 with random", "-0.89 [-0.89, -0.89]", "0.250", "0.750"]
     assert differences.rows[0][2:6] == ["–"] * 4  # off minus off
     kinds = kinds_table(found, "toy")
     assert kinds is not None and kinds.header[1:3] == ["leak (known)", "blank (unknown)"]

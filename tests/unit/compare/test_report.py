@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from verl_grad_routing.compare import demo
+from verl_grad_routing.compare import demo, job_numbers
 from verl_grad_routing.compare.comparison import findings, labels, learned_to_hack
 from verl_grad_routing.compare.runs import load_run
 from verl_grad_routing.compare.tables import cost_table, notes, rates_table, types_table
@@ -140,6 +140,7 @@ def test_demo_trains_both_arms_alike_and_tells_when_nothing_was_learned(
 
     ready = {"off": make_run("off"), "persona": make_run("persona", ablates=True)}
     monkeypatch.setattr(demo, "launch", fake_launch)
+    monkeypatch.setattr(job_numbers, "FOLDER", tmp_path)
     monkeypatch.setattr("verl_grad_routing.envs.prepare_environment", lambda name, to: None)
     runs = demo.run_demo(tmp_path / "demo", steps=10, seed=4)
     assert [run.name for run in runs] == ["off", "persona"]
@@ -153,3 +154,5 @@ def test_demo_trains_both_arms_alike_and_tells_when_nothing_was_learned(
     with pytest.raises(UserError, match="did not learn to hack"):
         demo.run_demo(tmp_path / "demo", steps=10)
     assert "did NOT learn to hack" in capsys.readouterr().out
+    with job_numbers.reserved(), pytest.raises(UserError, match="vgr trains on this machine already"):
+        demo.run_demo(tmp_path / "demo", steps=10)
