@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -64,6 +65,18 @@ def compiler_check() -> Check:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         return Check("C++ compiler", Status.FAIL, f"{header} is missing", f"apt-get install {version}-dev")
     return Check("C++ compiler", Status.OK, compiler)
+
+
+def attention_check() -> Check:
+    """FlashAttention 2, which verl's FSDP engine asks for unless told otherwise, and neither vLLM nor verl brings."""
+    if accelerator() is None:
+        return Check("attention", Status.OK, "sdpa, by +grad_routing/hardware=cpu")
+    for module in ("flash_attn", "kernels"):
+        if importlib.util.find_spec(module) is not None:
+            return Check("attention", Status.OK, module)
+    fix = "pip install flash-attn==2.8.3 --no-build-isolation, or "
+    fix += "+actor_rollout_ref.model.override_config.attn_implementation=sdpa"
+    return Check("attention", Status.WARN, "verl asks for flash_attention_2, which is not installed", fix)
 
 
 def shm_check(path: str = "/dev/shm", minimum: int = SHM_BYTES) -> Check:
@@ -171,9 +184,10 @@ def sandbox_check() -> Check:
 
 
 def machine_checks() -> Iterator[Check]:
-    """Device, compiler, shared memory, free memory, Ray, sandbox."""
+    """Device, compiler, attention, shared memory, free memory, Ray, sandbox."""
     yield device_check()
     yield compiler_check()
+    yield attention_check()
     yield shm_check()
     yield memory_check()
     yield ray_check()

@@ -19,6 +19,7 @@ MACHINE = (
     "ray cluster",
     "device",
     "C++ compiler",
+    "attention",
     "sandbox",
 )  # the state of the machine that runs the tests, not ours
 
@@ -123,6 +124,17 @@ def test_a_cpu_run_needs_a_compiler_and_the_headers(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setattr(machine, "accelerator", lambda: "cuda")
     assert machine.compiler_check().status is Status.OK
+
+
+def test_a_gpu_run_needs_the_attention_that_verl_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine, "accelerator", lambda: "cuda")
+    check = machine.attention_check()
+    assert check.status is Status.WARN and "flash-attn" in check.fix and "sdpa" in check.fix
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: name == "flash_attn" or None)
+    assert machine.attention_check().status is Status.OK
+    monkeypatch.setattr(machine, "accelerator", lambda: None)
+    assert machine.attention_check().status is Status.OK
 
 
 def test_shared_memory(tmp_path: Path) -> None:
