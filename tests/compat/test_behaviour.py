@@ -128,9 +128,17 @@ def test_the_queue_is_one_per_ray() -> None:
 
 
 def test_the_socket_for_weights_is_named_after_the_ray_job() -> None:
-    """Hence the number of a job in compare/own_ray.py."""
+    """Hence the number of a job in compare/own_ray.py, and the locks of compare/job_numbers.py beside the socket."""
     import verl.workers.rollout.vllm_rollout.vllm_rollout as rollout
 
     source = Path(rollout.__file__).read_text()
     assert "job_id = ray.get_runtime_context().get_job_id()" in source
-    assert "rl-colocate-zmq-{job_id}-replica-{self.replica_rank}-rank-{local_rank}.sock" in source
+    assert "ipc:///tmp/rl-colocate-zmq-{job_id}-replica-{self.replica_rank}-rank-{local_rank}.sock" in source
+
+
+def test_flash_attention_2_is_the_default() -> None:
+    """Hence the check in doctor/machine.py."""
+    import verl.workers.config.model as model
+
+    source = Path(model.__file__).read_text()
+    assert 'self.override_config.get("attn_implementation", "flash_attention_2")' in source

@@ -38,12 +38,3 @@ def test_another_process_sees_it_and_its_death_frees_it(tmp_path: Path) -> None:
         other.wait(10)
         with reserved() as freed:
             assert freed == 2
-
-
-def test_verls_socket_is_where_the_locks_are() -> None:
-    """The folder is fixed in verl's code, whatever TMPDIR says."""
-    import inspect
-
-    from verl.workers.rollout.vllm_rollout import vllm_rollout
-
-    assert "ipc:///tmp/rl-colocate-zmq-" in inspect.getsource(vllm_rollout)
