@@ -104,14 +104,15 @@ class Grift(FingerprintDetector):
         self.centroids_2F: Tensor | None = None
         self._saved_2F: Tensor | None = None  # of an earlier run
         self.labelled_at = 0  # the step of the last labelling
+        self.labelled_by = config.label_by  # of adopted centroids: who labelled the run that saved them
         self._report: dict[str, float] = {}
         if config.label_by == "centroids":
             self._adopt(Path(str(config.centroids)))
 
     @property
     def knows_everything(self) -> bool:
-        """The environment's labels are the truth."""
-        return self.config.label_by == "gt_anchor"
+        """The labels are the truth: the environment's own, or those that an earlier run's centroids were named by."""
+        return self.labelled_by == "gt_anchor"
 
     @property
     def reads(self) -> frozenset[str]:
@@ -222,11 +223,15 @@ class Grift(FingerprintDetector):
         state = saved.get("detector", {}) if isinstance(saved, dict) else {}
         if state.get("name") != self.name or state.get("centroids_2F") is None:
             raise UserError(key, str(file), "holds no labelled centroids of grift; take a later checkpoint")
+        if state.get("labelled_by") not in ("judge", "gt_anchor"):
+            raise UserError(
+                key, str(file), "does not say who labelled its centroids; save them again with this version"
+            )
         self.adopt_probe(state["probe"], f"{file} was made")
-        self._saved_2F = state["centroids_2F"]
+        self._saved_2F, self.labelled_by = state["centroids_2F"], state["labelled_by"]
 
     def state_dict(self) -> dict[str, Any]:
-        mine = {"centroids_2F": self.centroids_2F, "labelled_at": self.labelled_at}
+        mine = {"centroids_2F": self.centroids_2F, "labelled_at": self.labelled_at, "labelled_by": self.labelled_by}
         return {**super().state_dict(), **mine}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -43,7 +43,6 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "PPOTrainer.fit": "self agent_loop_manager",
         "PPOTrainer._build_replay_buffer": "self",
         "PPOTrainer._init_resource_pool_mgr": "self",
-        "PPOTrainer.on_step_begin": "self",
         "PPOTrainer._submit_batch_to_rollout": "self batch",
         "PPOTrainer._step_once": "self metrics timing_raw sample_batch_size",
         "PPOTrainer._balance_batch": "self batch metrics logging_prefix keep_minibatch",

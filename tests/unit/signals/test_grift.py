@@ -343,6 +343,25 @@ def test_saved_centroids_name_the_clusters(saved):
         router(label_by="centroids")
 
 
+def test_centroids_that_the_truth_named_make_a_control(saved):
+    """Who labelled goes with them, through any number of runs: the truth is not laundered by a file."""
+    file = saved / "grad_routing.pt"
+    assert not router(label_by="centroids", centroids=str(file)).detector.knows_everything
+    state = torch.load(file, weights_only=True)
+    assert state["detector"]["labelled_by"] == "judge"
+    for labelled_by in ("gt_anchor", None):
+        state["detector"]["labelled_by"] = labelled_by
+        torch.save(state, file)
+        if labelled_by is None:
+            with pytest.raises(UserError, match="does not say who labelled its centroids"):
+                router(label_by="centroids", centroids=str(file))
+        else:
+            with pytest.raises(UserError, match=r"set grad_routing\.control=true"):
+                router(label_by="centroids", centroids=str(file))
+            later = grift(layers=None, num_layers=2, label_by="centroids", centroids=str(file))
+            assert later.knows_everything and later.state_dict()["labelled_by"] == "gt_anchor"
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

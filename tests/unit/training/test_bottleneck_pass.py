@@ -124,14 +124,15 @@ def test_every_rollout_is_scored_and_no_pass_of_verls_is_read(trainer) -> None:
 
 
 def test_the_direction_is_taken_anew(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from verl_grad_routing.training.trainer.core import Core
+    from verl_grad_routing.training.trainer.sampling import Sampling
 
-    monkeypatch.setattr(Core, "on_step_begin", lambda self: None, raising=False)
+    monkeypatch.setattr(Sampling, "on_sample_end", lambda self: None)
     made = trainer(refresh_every=2)
     fits = []
     for step in range(1, 6):
         made.global_steps = step
-        made.on_step_begin()
+        made.on_sample_end()
+        made.on_sample_end()  # of a second sample in the same step
         fits.append(len(made.actor_rollout_wg.asked))
     assert fits == [1, 1, 2, 2, 3] and made.detector.refresh_cosine == pytest.approx(1.0)
 

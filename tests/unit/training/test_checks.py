@@ -165,6 +165,26 @@ BAD = {
         "algorithm.rollout_correction.bypass_mode",
         "log-prob pass",
     ),
+    "correction by importance": (
+        ["++algorithm.rollout_correction.rollout_is=token"],
+        "algorithm.rollout_correction.rollout_is",
+        "set null",
+    ),
+    "correction by rejection": (
+        ["++algorithm.rollout_correction.rollout_rs=seq_mean_k1"],
+        "algorithm.rollout_correction.rollout_rs",
+        "set null",
+    ),
+    "tokens of a loss of rollouts": (
+        ["grad_routing.blocks.optim.mean_over=own_tokens"],
+        "grad_routing.blocks.optim.mean_over",
+        "own_rollouts",
+    ),
+    "a recording and a sampler of one's own": (
+        ["grad_routing.record_dir=batches", "trainer.v1.sampler.custom_sampler.path=mine.py"],
+        "trainer.v1.sampler.custom_sampler.path",
+        "record_dir",
+    ),
     "async trainer": (["trainer.v1.trainer_mode=colocate_async"], "trainer.v1.trainer_mode", "grad_routing"),
     "legacy trainer": (["trainer.use_v1=false"], "trainer.use_v1", "true"),
     "unknown detector": (["grad_routing.detector.name=persona"], "grad_routing.detector.name", "persona_act"),

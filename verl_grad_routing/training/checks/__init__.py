@@ -41,6 +41,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     bases.optimisation,
     model.merge,
     methods.passes,
+    methods.correction,
     start.files,
     warm_up.card,
     methods.pairs,

@@ -54,9 +54,14 @@ def precision(run: Run) -> None:
 
 
 def optimisation(run: Run) -> None:
-    """A block's own betas need an optimizer that has some."""
+    """A block's own betas need an optimizer that has some, and a mean over a block's own part what the loss counts."""
     optim, optimizer = run.settings.blocks.optim, run.get("actor_rollout_ref.actor.optim.optimizer", "AdamW")
     if run.routed and (optim.betas_deployed is not None or optim.betas_quarantine is not None):
         from verl_grad_routing.training.block_optim import check_betas
 
         check_betas(str(optimizer))
+    loss = str(run.get("actor_rollout_ref.actor.loss_agg_mode", "token-mean"))
+    fits = {"own_tokens": loss == "token-mean", "own_rollouts": loss.startswith("seq-mean")}
+    if run.routed and not fits.get(optim.mean_over, True):
+        fix = f"loss_agg_mode={loss} counts otherwise; own_tokens goes with token-mean, own_rollouts with seq-mean-*"
+        raise UserError("grad_routing.blocks.optim.mean_over", optim.mean_over, fix)

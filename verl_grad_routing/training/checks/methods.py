@@ -9,6 +9,8 @@ from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.training.checks.run import Run, get
 
+LATE = 10**9  # a step after every schedule
+
 
 def passes(run: Run) -> None:
     bypass = run.get("algorithm.rollout_correction.bypass_mode", False)
@@ -18,6 +20,25 @@ def passes(run: Run) -> None:
         if wanted == "policy":
             fix = "bypass mode skips the log-prob pass that the detector reads; set false, or score_pass=ablated"
             raise UserError("algorithm.rollout_correction.bypass_mode", True, fix)
+
+
+def correction(run: Run) -> None:
+    """verl's rollout correction compares old log-probs with the rollout's; other gates than the rollout's are no error.
+
+    A row that trains with the quarantine closed was sampled with it open: importance weights would weigh, and
+    rejection would drop, exactly the rows that are kept clean.
+    """
+    if not run.routed or not run.methods.intervention.uses_routes:
+        return
+    from verl_grad_routing.routing import Route
+
+    tables = [run.methods.intervention.table_at(step) for step in (1, LATE)]
+    closed = any((table.as_tensors()[0][[int(route) for route in Route]] != 1).any() for table in tables)
+    for key in ("rollout_is", "rollout_rs"):
+        value = run.get(f"algorithm.rollout_correction.{key}")
+        if value and closed:
+            fix = "it would weigh or drop rollouts for training without the quarantine they were sampled with; set null"
+            raise UserError(f"algorithm.rollout_correction.{key}", value, fix)
 
 
 def pairs(run: Run) -> None:

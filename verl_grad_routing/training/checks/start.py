@@ -71,6 +71,11 @@ def replay(run: Run) -> None:
     folder = run.settings.replay_dir
     if folder is not None and not Path(folder).is_dir():
         raise UserError("grad_routing.replay_dir", folder, "no such folder; record one with grad_routing.record_dir")
+    sampler = run.get("trainer.v1.sampler.custom_sampler.path")
+    for key in ("replay_dir", "record_dir"):
+        if sampler and getattr(run.settings, key) is not None:
+            fix = f"grad_routing.{key} needs this package's replay buffer; unset one of the two"
+            raise UserError("trainer.v1.sampler.custom_sampler.path", sampler, fix)
 
 
 def versions(run: Run) -> None:

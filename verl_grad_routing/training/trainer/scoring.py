@@ -81,6 +81,7 @@ class Scoring(Sampling):
     def _load_checkpoint(self) -> None:
         # before verl's own: the direction is that of the untrained model, and a resumed run's is loaded over it
         self.readers: list[Reader] = []
+        self.refreshed_at = 0  # the step in which directions were last looked after
         readers = [detector for detector in self.detectors if isinstance(detector, ActivationDetector)]
         if readers:
             shape = self.actor_rollout_wg.model_shape()[0]
@@ -127,8 +128,12 @@ class Scoring(Sampling):
         pairs_hash = pairs.content_hash if pairs is not None else None
         detector.fit(*pooled, reader.rows, reader.width, pairs_hash)
 
-    def on_step_begin(self) -> None:
-        super().on_step_begin()
+    def on_sample_end(self) -> None:
+        """Directions are taken anew while the rollout engine sleeps, as every pass of the trainer is made."""
+        super().on_sample_end()
+        if self.refreshed_at == self.global_steps:  # a step may sample more than once
+            return
+        self.refreshed_at = self.global_steps
         for reader in self.readers:
             every = reader.detector.config.refresh_every if reader.which != "reference" else 0
             if every and self.global_steps > 1 and (self.global_steps - 1) % every == 0:
