@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +71,9 @@ class Reader:
 class Scoring(Sampling):
     """Fits the detectors' directions at the start, reads activations in every step, and builds the batch's view."""
 
+    readers: Sequence[Reader] = ()
+    refreshed_at = 0  # the step in which directions were last looked after
+
     @property
     def detectors(self) -> list[Detector]:
         """Every detector of the run, its own first."""
@@ -80,8 +83,7 @@ class Scoring(Sampling):
 
     def _load_checkpoint(self) -> None:
         # before verl's own: the direction is that of the untrained model, and a resumed run's is loaded over it
-        self.readers: list[Reader] = []
-        self.refreshed_at = 0  # the step in which directions were last looked after
+        self.readers = made = list[Reader]()
         readers = [detector for detector in self.detectors if isinstance(detector, ActivationDetector)]
         if readers:
             shape = self.actor_rollout_wg.model_shape()[0]
@@ -89,7 +91,7 @@ class Scoring(Sampling):
                 reader = self._reader(detector, shape)
                 if detector is self.detector:
                     reader = dataclasses.replace(reader, token_score=self.router.token_score)
-                self.readers.append(reader)
+                made.append(reader)
                 self._fit_direction(reader)
                 print(
                     f"grad_routing: scores of {detector.name} are read in the {reader.which} pass {reader.place} of "
