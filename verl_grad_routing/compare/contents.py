@@ -1,7 +1,4 @@
-"""What decides a run's result beyond its words: files that overrides name, data of this package, packages of methods.
-
-Standard library only.
-"""
+"""What decides a result beyond a command's words: files that overrides name, and packages that bring methods."""
 
 from __future__ import annotations
 
@@ -12,7 +9,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-GROUP = "verl_grad_routing.methods"  # entry points of packages that bring methods, see docs/extending.md
+from verl_grad_routing.registry import METHODS_GROUP
+
 WHOLE = 16 << 20  # bytes: up to this size a file counts whole, beyond it by its size and both ends
 END = 1 << 16
 # Keys whose folders a run writes: no settings.
@@ -48,7 +46,7 @@ def digest_of(path: Path) -> str:
 def method_packages() -> list[str]:
     """``name version hash`` of every installed distribution that brings methods, by its modules' source."""
     found = set()
-    for point in importlib.metadata.entry_points(group=GROUP):
+    for point in importlib.metadata.entry_points(group=METHODS_GROUP):
         top = point.value.partition(":")[0].partition(".")[0]
         spec = importlib.util.find_spec(top)  # found, not imported
         places = list(spec.submodule_search_locations or []) if spec is not None else []

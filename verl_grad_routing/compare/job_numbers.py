@@ -1,8 +1,8 @@
 """Numbers of Ray jobs for runs at once on one machine, whoever starts them.
 
-verl 0.9.1 names its socket for weights ``/tmp/rl-colocate-zmq-<job>-...`` and deletes whatever lies there before it
-binds: of two runs whose jobs have one number, each may load the other's weights. The first job of every Ray has the
-same number, so a number is held machine-wide, as a locked file beside the sockets.
+verl 0.9.1 names its socket for weights after the Ray job and deletes whatever has that name before it binds: of two
+runs whose jobs have one number, each may load the other's weights. The first job of every Ray has the same number, so
+a number is held machine-wide, as a locked file beside the sockets.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-FOLDER = Path("/tmp")  # verl's sockets are there whatever TMPDIR says
+FOLDER = Path("/tmp")  # fixed in verl, whatever TMPDIR says (tests/compat): who trains must look where others do
 
 
 @contextmanager

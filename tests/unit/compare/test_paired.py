@@ -75,6 +75,14 @@ def test_bootstrap_interval_is_that_of_all_resamples() -> None:
     assert expanded(0.95, 10**6) == pytest.approx(0.95, abs=1e-5)
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5])
+def test_up_to_five_seeds_an_interval_of_a_rate_is_their_range(seeds: int) -> None:
+    """What tables and docs say of it."""
+    rates = np.random.default_rng(seeds).random(seeds)
+    found = estimate(rates.tolist())
+    assert (found.low, found.high) == pytest.approx((rates.min(), rates.max()))
+
+
 @pytest.mark.parametrize(("seeds", "covers"), [(3, 0.75), (5, 0.92), (8, 0.94)])
 def test_intervals_cover_what_so_few_seeds_allow(seeds: int, covers: float) -> None:
     draws = np.random.default_rng(0).normal(size=(300, seeds))
