@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from verl_grad_routing.detectors.draws import uniform
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import Registry
 
@@ -112,6 +113,14 @@ class BatchView:
     def prompts_drawn_by(self) -> tuple[str, ...]:
         """What draws on prompts go by."""
         return self.uids if self.prompt_names is None else self.prompt_names
+
+    def tie_order(self) -> Tensor:
+        """All rows, int64 [B], in the order in which a gate sees them and so breaks ties: drawn by seed, step and name.
+
+        verl's own order is that in which answers were finished, which differs between runs and favours short answers.
+        """
+        drawn = [uniform(self.seed, self.step, name, "tie") for name in self.drawn_by]
+        return torch.tensor(sorted(range(len(drawn)), key=drawn.__getitem__), dtype=torch.int64)
 
 
 class Detector(ABC):

@@ -60,8 +60,8 @@ class ThresholdConfig:
 class ThresholdGate(Gate):
     """Thresholds with a warm-up, a ramp, an abstention rule and a cap on the routed share of each batch.
 
-    Rollouts over the cap or the ramp are ABSORB; among equal scores there, rows that come earlier in the batch are
-    routed.
+    Rollouts over the cap or the ramp are ABSORB; among equal scores there, rows that come earlier are routed. The
+    trainer gives rows in an order drawn by their names (``BatchView.tie_order``).
     """
 
     config: ThresholdConfig

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch.distributed import ReduceOp
+from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 
 from verl_grad_routing.errors import UserError
@@ -19,7 +20,10 @@ from verl_grad_routing.training.masks import masks_of, of_tokens, predicting_pos
 
 @dataclass(frozen=True)
 class Mass:
-    """Of a mini-batch. ``all_tokens`` and ``all_rollouts`` are those that count in the loss at all."""
+    """Of a mini-batch. ``all_tokens`` and ``all_rollouts`` are what verl's losses divide by.
+
+    Tokens are counted; rollouts are the mini-batch's nominal number, pad rows and rows without a token among them.
+    """
 
     tokens_2: torch.Tensor
     rollouts_2: torch.Tensor
@@ -58,4 +62,5 @@ def block_mass(data: TensorDict, group: Any) -> Mass:
     parts = [own_B2.sum(0), parts_B2.sum(0), all_B1.sum(0), (all_B1 > 0).sum(0)]
     totals = torch.cat(parts).to(get_device_id(), torch.float64)
     torch.distributed.all_reduce(totals, op=ReduceOp.SUM, group=group)
-    return Mass(totals[:2], totals[2:4], float(totals[4]), float(totals[5]))
+    nominal = tu.get_non_tensor_data(data, "global_batch_size", None)
+    return Mass(totals[:2], totals[2:4], float(totals[4]), float(totals[5] if nominal is None else nominal))

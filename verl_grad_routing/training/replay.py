@@ -41,13 +41,14 @@ class RoutedReplayBuffer(ReplayBuffer):
         self.rollout_timeout_s, self.record_dir, self.replay_dir = rollout_timeout_s, record_dir, replay_dir
         self.entries_per_prompt = 1
         self.poll_interval = min(self.poll_interval, POLL_S)
-        self._progress: tuple[int, float] = (-1, time.monotonic())
+        self._progress: tuple[tuple[int, ...], float] = ((), time.monotonic())
         self.after_sample: Callable[[KVBatchMeta], KVBatchMeta] | None = None  # while the rollout engine is still awake
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
-        finished = len(self.finished_keys[partition_id]) + len(self.failure_keys[partition_id])
-        if finished != self._progress[0]:
-            self._progress = (finished, time.monotonic())
+        finished = (len(self.finished_keys[partition_id]), len(self.failure_keys[partition_id]))
+        progress = (len(self.partitions[partition_id]), *finished)  # rollouts, then prompts with all of theirs
+        if progress != self._progress[0]:
+            self._progress = (progress, time.monotonic())
         waited = time.monotonic() - self._progress[1]
         if waited > self.rollout_timeout_s:
             raise RuntimeError(
@@ -58,7 +59,7 @@ class RoutedReplayBuffer(ReplayBuffer):
 
     def wait_for(self, uids: Sequence[str], partition_id: str) -> None:
         """Return when all rollouts of these prompts have ended."""
-        self._progress, last_debug_time = (-1, time.monotonic()), time.time()
+        self._progress, last_debug_time = ((), time.monotonic()), time.time()
         while True:
             self._sync_metadata_from_transfer_queue()
             if set(uids) <= self.finished_keys[partition_id] | self.failure_keys[partition_id]:
@@ -66,7 +67,7 @@ class RoutedReplayBuffer(ReplayBuffer):
             last_debug_time = self._wait_for_next_poll(partition_id, last_debug_time)
 
     def sample(self, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
-        self._progress = (-1, time.monotonic())
+        self._progress = ((), time.monotonic())
         if partition_id == "train":
             batch_size *= self.entries_per_prompt
         batch, metrics = super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Router:
         self.config, self.methods = config, methods
         self.detector, self.gate, self.intervention = methods.detector, methods.gate, methods.intervention
         self.pairs: PairSet | None = None  # those that the detector was fitted on
+        self.measured_at: int | None = None  # the last step whose validation the intervention was told of
 
     def decide(self, view: BatchView, trusted_B: Tensor | None = None) -> tuple[Judged, dict[str, float]]:
         """Scores and the gate's decision on one batch, and their metrics; ``trusted_B`` are kept in any case."""
@@ -106,8 +108,9 @@ class Router:
         if isinstance(self.gate, TokenGate):
             on_tokens = decide_tokens(self.detector, self.gate, view)
             return on_tokens, on_tokens.token_routes
-        detector = self.detector
-        return self.gate.decide(scores_B, view.step, detector.pair_means, detector.pair_scores), None
+        detector, order = self.detector, view.tie_order()
+        decision = self.gate.decide(scores_B[order], view.step, detector.pair_means, detector.pair_scores)
+        return replace(decision, routes_B=decision.routes_B[order.argsort()]), None
 
     @property
     def token_score(self) -> str | None:
@@ -137,7 +140,7 @@ class Router:
         path = Path(folder) / STATE_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        state = {"detector": self.detector.state_dict(), "gate": self.gate.state_dict()}
+        state = {"detector": self.detector.state_dict(), "gate": self.gate.state_dict(), "measured_at": self.measured_at}
         if own := self.intervention.state_dict():
             state["intervention"] = own
         torch.save(state, partial)
@@ -154,5 +157,6 @@ class Router:
         state = torch.load(path, weights_only=False)
         self.detector.load_state_dict(state["detector"])
         self.gate.load_state_dict(state["gate"])
+        self.measured_at = state.get("measured_at")
         if "intervention" in state:
             self.intervention.load_state_dict(state["intervention"])

@@ -20,7 +20,12 @@ Rows = tuple[Tensor, ...]
 def decide_tokens(detector: Detector, gate: TokenGate, view: BatchView) -> TokenDecision:
     """The gate's decision, ``token_routes`` of all response tokens [R]: those that do not count have their row's."""
     scores = checked_token_scores(detector, view)
-    decision = gate.decide_tokens(scores, view.step, detector.pair_means, detector.pair_scores)
+    order = view.tie_order()
+    drawn = [scores[row] for row in order.tolist()]
+    decision = gate.decide_tokens(drawn, view.step, detector.pair_means, detector.pair_scores)
+    back = order.argsort()
+    token_routes = tuple(decision.token_routes[row] for row in back.tolist())
+    decision = TokenDecision(decision.routes_B[back], token_routes, decision.metrics)
     assert view.response_masks is not None
     rows = zip(decision.routes_B, decision.token_routes, view.response_masks, strict=True)
     laid_out = tuple(_laid_out(int(own), routes_n, mask_R) for own, routes_n, mask_R in rows)

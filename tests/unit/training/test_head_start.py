@@ -54,6 +54,7 @@ def test_what_a_validation_changes_reaches_the_checkpoint_that_was_written_befor
     router = Router(settings, build_methods(settings))
     saved: list[int] = []
     trainer: Any = SimpleNamespace(intervention=router.intervention, global_steps=10, resumed_at=10, saved_at=None)
+    trainer.router, trainer.config = router, SimpleNamespace(trainer=SimpleNamespace(test_freq=4))
     trainer._save_state = lambda: saved.append(trainer.global_steps)
     trainer._measured = lambda measures: DeployedValidation._measured(trainer, measures)
 
@@ -63,8 +64,41 @@ def test_what_a_validation_changes_reaches_the_checkpoint_that_was_written_befor
 
     assert observe(0.9) is None  # the step it resumed from, validated once more
     trainer.global_steps = trainer.saved_at = 20
-    assert observe(0.1) is None and saved == []
+    assert observe(0.1) is None and saved == [20]
     trainer.global_steps = trainer.saved_at = 30
-    assert observe(0.7) == 30 and saved == [30]
+    assert observe(0.7) == 30 and saved == [20, 30]
     trainer.global_steps = 40
-    assert observe(0.8) == 30 and saved == [30]
+    assert observe(0.8) == 30 and saved == [20, 30]
+
+
+@pytest.mark.parametrize(
+    ("measured_at", "test_freq", "counts"),
+    [(None, 5, True), (5, 5, True), (10, 5, False), (None, 4, False), (None, -1, False)],
+    ids=["killed between", "at an earlier validation", "measured", "not validated then", "never validated"],
+)
+def test_a_run_killed_between_saving_and_validating_is_told_after_it(
+    measured_at: int | None, test_freq: int, counts: bool, tmp_path: Path
+) -> None:
+    import verl  # noqa: F401  (loads the plugin)
+
+    from verl_grad_routing.config import build_methods, parse
+    from verl_grad_routing.training.router import Router
+    from verl_grad_routing.training.trainer.validation import DeployedValidation
+
+    settings = parse({"intervention": {"name": "route"}})
+    killed, resumed = (Router(settings, build_methods(settings)) for _ in range(2))
+    killed.measured_at = measured_at
+    killed.save(str(tmp_path), {})
+    resumed.load(str(tmp_path))
+    told: list[dict] = []
+    trainer: Any = SimpleNamespace(
+        router=resumed,
+        config=SimpleNamespace(trainer=SimpleNamespace(test_freq=test_freq)),
+        global_steps=10,
+        resumed_at=10,
+        saved_at=None,
+        _measured=told.append,
+    )
+    DeployedValidation._after_validation(trainer, {"swapped_reward": 0.5})
+    assert told == ([{"swapped_reward": 0.5}] if counts else [])
+    assert resumed.measured_at == (10 if counts else measured_at)

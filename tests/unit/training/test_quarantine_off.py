@@ -148,6 +148,33 @@ def test_waiting_ends_with_the_last_prompt_failed_ones_included(monkeypatch):
     assert polls == ["train", "train"]
 
 
+def test_every_finished_rollout_is_progress_not_only_whole_prompts(monkeypatch):
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    from verl_grad_routing.training import replay
+
+    now = [0.0]
+    monkeypatch.setattr(replay.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(ReplayBuffer, "_wait_for_next_poll", lambda self, partition, last: last)
+    buffer = object.__new__(replay.RoutedReplayBuffer)
+    buffer.poll_interval, buffer.partitions = 1.0, {"train": {}}
+    buffer.finished_keys, buffer.failure_keys = {"train": set()}, {"train": set()}
+    buffer.configure(rollout_timeout_s=10)
+
+    def wait(until: float) -> None:
+        now[0] = until
+        buffer._wait_for_next_poll("train", 0.0)
+
+    wait(9)
+    buffer.partitions["train"]["a_0_0"] = {}
+    wait(18)
+    buffer.finished_keys["train"].add("a")
+    wait(27)
+    wait(36)
+    with pytest.raises(RuntimeError, match="rollout_timeout_s=10.*no rollout of partition 'train'"):
+        wait(38)
+
+
 def test_rates_of_the_two_parts():
     from verl_grad_routing.training.trainer.sampling import off_metrics
 

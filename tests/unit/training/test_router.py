@@ -12,6 +12,7 @@ from verl_grad_routing.detectors import BatchView
 from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.interventions import Judged
+from verl_grad_routing.routing import Route
 from verl_grad_routing.training.router import Router, fact_metrics, grader_facts
 
 B = 64
@@ -105,6 +106,41 @@ def test_a_restored_router_decides_as_the_saved_one_would_have(arm: str, tmp_pat
     for step in (3, 4):
         assert equal(whole.decide(view(step))[0], resumed.decide(view(step))[0])
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_ties_at_a_cap_fall_to_the_same_rollouts_in_whatever_order_they_arrive(by_token: bool) -> None:
+    """48 of 64 score the same and a cap lets 16 through; and not those that arrived first."""
+    gate = {"name": "threshold", "route_above": 0.5, "keep_below": -1.0, "max_route_share": 0.25}
+    detector = {"name": "persona_act", "pairs": "pairs.jsonl"}
+    if by_token:
+        gate, detector = {"name": "per_token", "inner": gate}, detector | {"token_score": "projection"}
+    settings = parse({"detector": detector, "gate": gate, "intervention": {"name": "route"}})
+
+    def routes(arrived: list[int], step: int) -> dict[str, object]:
+        made = Router(settings, build_methods(settings))
+        made.detector.fit(*torch.randn(2, 4, 1, 8, generator=torch.Generator().manual_seed(1)), (1,), 8, "hash")
+        scores_B = torch.tensor([float(row >= 16) for row in arrived], dtype=torch.float64)
+        seen = BatchView(
+            keys=tuple(f"{100 * step + row}_0_0" for row in arrived),  # of this run alone
+            names=tuple(f"{row}_0_0" for row in arrived),
+            uids=("p",) * B,
+            step=step,
+            seed=0,
+            activation_scores_BD=scores_B[:, None],
+            activation_token_scores=tuple(score.repeat(2) for score in scores_B),
+            response_masks=(torch.ones(2),) * B,
+        )
+        judged, _ = made.decide(seen)
+        found = judged.routes_B.tolist() if not by_token else [row.tolist() for row in judged.token_routes or ()]
+        return dict(zip(seen.names or (), found, strict=True))
+
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(3)).tolist()
+    first, second = routes(list(range(B)), 1), routes(order, 1)
+    assert first == second
+    routed = {name for name, route in first.items() if torch.tensor(route).eq(int(Route.ROUTE)).any()}
+    assert 16 <= len(routed) <= 32 and routed != {f"{row}_0_0" for row in range(16, 32)}
+    assert first != routes(list(range(B)), 2)  # another draw in another step
 
 
 def test_a_state_of_another_method_is_refused(tmp_path: Path) -> None:

@@ -108,6 +108,11 @@ def test_masses_by_hand(group) -> None:
         left = block_mass(batch(**columns, **rejected), group)
         assert left.tokens_2.tolist() == tokens and left.rollouts_2.tolist() == rollouts
         assert (left.all_tokens, left.all_rollouts) == (3, 2)
+    nominal = batch(**TOKENS)
+    tu.assign_non_tensor(nominal, global_batch_size=8)  # what verl's seq-mean divides by, whatever rows are empty
+    mass = block_mass(nominal, group)
+    assert mass.all_rollouts == 8 and mass.factors("own_rollouts") == (8 / 1.5, 8 / 0.5)
+    assert mass.factors("own_tokens") == (3 / 2, 3)
     bare = batch()
     del bare["route"]
     with pytest.raises(UserError, match="every row of a training batch needs a route"):

@@ -41,13 +41,16 @@ class DeployedValidation(Core):
     def _after_validation(self, measures: Mapping[str, float]) -> None:
         """Tell schedules what a validation has measured, and keep what that changed with this step's checkpoint.
 
-        verl validates after it has saved, and a resumed run validates the step that it resumes from again.
+        verl validates after it has saved, and a resumed run validates the step that it resumes from once more: that
+        counts where the run was killed between the two.
         """
-        if self.global_steps == self.resumed_at:
+        frequency = self.config.trainer.test_freq
+        due = frequency > 0 and self.global_steps % frequency == 0
+        if self.global_steps == self.resumed_at and (not due or self.router.measured_at == self.global_steps):
             return
-        before = self.intervention.state_dict()
         self._measured(measures)
-        if self.global_steps == self.saved_at and self.intervention.state_dict() != before:
+        self.router.measured_at = self.global_steps
+        if self.global_steps == self.saved_at:
             self._save_state()
 
     def _measured(self, measures: Mapping[str, float]) -> None:
