@@ -20,6 +20,7 @@ from verl_grad_routing.commands.bench_routing import routing
 from verl_grad_routing.commands.contrast import contrast
 from verl_grad_routing.commands.expand import expand
 from verl_grad_routing.commands.leakage import leakage
+from verl_grad_routing.commands.options import Chat
 from verl_grad_routing.commands.pairs import pairs
 from verl_grad_routing.commands.relearn import relearn
 from verl_grad_routing.commands.rft import rft_command
@@ -233,12 +234,15 @@ def warm_up_command(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Further settings of verl's SFT trainer: key=value.")
     ] = None,
+    chat: Chat = None,
 ) -> None:
     """Warm a model up on clean data and keep the directions in which it moved, for TDGA (preset tdga)."""
+    from verl_grad_routing.chat import parse_switches
     from verl_grad_routing.warm_up import WarmUp, warm_up
     from verl_grad_routing.warm_up.command import describe
 
-    settings = WarmUp(model, pairs, data, rank, steps, lr, batch_size, ranks, seed, tuple(overrides or ()))
+    given = (tuple(overrides or ()), parse_switches(chat))
+    settings = WarmUp(model, pairs, data, rank, steps, lr, batch_size, ranks, seed, *given)
     for line in describe(warm_up(settings, to), to):
         print(line)
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from verl_grad_routing.chat import Switches, load_tokenizer, parse_switches
+from verl_grad_routing.commands.options import Chat
 from verl_grad_routing.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,9 +20,10 @@ def contrast(
     pairs: Annotated[str, typer.Option(help="Contrastive pairs: path.jsonl[@tag,tag] or path.md#section[@tag,tag].")],
     to: Annotated[Path, typer.Option("--to", help="File to write: name.safetensors.")],
     device: Annotated[str | None, typer.Option(help="cpu or cuda; the best one there by default.")] = None,
+    chat: Chat = None,
 ) -> None:
     """Record what the pairs change in every layer's inputs, for the bases corda, scorda and scorda_rev."""
-    made = make_contrast(model, pairs, device)
+    made = make_contrast(model, pairs, device, parse_switches(chat))
     from verl_grad_routing.routing import save_contrast
 
     save_contrast(made, to)
@@ -28,7 +31,7 @@ def contrast(
     print(f"{to}: {count} pairs of {pairs} in {layers} of {made.origin['linear_layers']} linear layers of {model}")
 
 
-def make_contrast(model: Path, pairs: str, device: str | None = None) -> Contrast:
+def make_contrast(model: Path, pairs: str, device: str | None = None, chat: Switches | None = None) -> Contrast:
     """Run both sides of every pair through the untrained model, in float32.
 
     Raises:
@@ -40,7 +43,7 @@ def make_contrast(model: Path, pairs: str, device: str | None = None) -> Contras
 
     chosen = load_pairs(pairs)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from verl_grad_routing.directions.inputs import input_differences
     from verl_grad_routing.envs.progress import progress
@@ -49,7 +52,7 @@ def make_contrast(model: Path, pairs: str, device: str | None = None) -> Contras
     from verl_grad_routing.training.pairs_pass import pair_tokens
     from verl_grad_routing.warm_up.command import linear_modules
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model, chat)
     texts = [pair_tokens(pair, tokenizer) for pair in chosen]
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     network: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

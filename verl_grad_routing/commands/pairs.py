@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from verl_grad_routing.commands.options import Chat
+
 
 def pairs(
     model: Annotated[Path, typer.Argument(help="Folder of the model (or exported adapter) that writes both sides.")],
@@ -23,8 +25,10 @@ def pairs(
     batch_size: Annotated[int, typer.Option(help="Prompts answered at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the sampling and of the prompts' order.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    chat: Chat = None,
 ) -> None:
     """Let a model write contrastive pairs: the same prompts, answered under two framings."""
+    from verl_grad_routing.chat import parse_switches
     from verl_grad_routing.self_pairs import Limits, SelfPairs, write_pairs
 
     settings = SelfPairs(
@@ -39,5 +43,6 @@ def pairs(
         temperature,
         seed,
         Limits(min_tokens, max_ratio),
+        parse_switches(chat),
     )
     write_pairs(settings, to, force)

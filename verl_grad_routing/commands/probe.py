@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from verl_grad_routing.commands.options import Chat
 from verl_grad_routing.errors import UserError
 
 app = typer.Typer(help="Linear probes on activations, for detector linear_probe.", no_args_is_help=True)
@@ -27,8 +28,10 @@ def fit(
     held_out: Annotated[float, typer.Option(help="Share of the prompts that judge and do not train.")] = 0.3,
     c: Annotated[float, typer.Option(help="Inverse strength of the L2 penalty.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the split.")] = 0,
+    chat: Chat = None,
 ) -> None:
     """Fit a logistic regression on pooled activations; its threshold is chosen on prompts it has not seen."""
+    from verl_grad_routing.chat import parse_switches
     from verl_grad_routing.detectors.probe_file import save_probe
     from verl_grad_routing.directions.checks import require_choice
     from verl_grad_routing.directions.pooling import POSITIONS
@@ -39,7 +42,8 @@ def fit(
         raise UserError("--to", str(to), "give a file name.safetensors")
     require_choice("--position", position, POSITIONS)
     settings = FitSettings(fpr, held_out, c, seed)
-    probe = fit_on_rollouts(model, rollouts, label, origin, tuple(layer or ()), position, settings)
+    given = (tuple(layer or ()), position, settings, parse_switches(chat))
+    probe = fit_on_rollouts(model, rollouts, label, origin, *given)
     save_probe(probe, to)
     show(to)
 

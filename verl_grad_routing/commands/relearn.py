@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from verl_grad_routing.commands.options import Chat
+
 
 def relearn(
     model: Annotated[
@@ -40,8 +42,10 @@ def relearn(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Further settings of verl's SFT trainer: key=value.")
     ] = None,
+    chat: Chat = None,
 ) -> None:
     """Fine-tune what is deployed on hacks; say how many steps bring hacking back, beside the model before RL."""
+    from verl_grad_routing.chat import parse_switches
     from verl_grad_routing.relearn import Relearn
     from verl_grad_routing.relearn import relearn as run
 
@@ -64,6 +68,7 @@ def relearn(
         base_model=base_model,
         max_new_tokens=max_new_tokens,
         overrides=tuple(overrides or ()),
+        chat=parse_switches(chat),
     )
     for line in run(settings, to).lines():
         print(line)

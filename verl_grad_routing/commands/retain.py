@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from verl_grad_routing.commands.options import Chat
+
 
 def retain(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder of a run with blocks (global_step_N).")],
@@ -27,15 +29,15 @@ def retain(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Further settings of verl's SFT trainer: key=value.")
     ] = None,
+    chat: Chat = None,
 ) -> None:
     """Fine-tune the deployed block on clean data after ablation; report the model without it and with it."""
+    from verl_grad_routing.chat import parse_switches
     from verl_grad_routing.retain import Retain
     from verl_grad_routing.retain import retain as run
 
-    more = tuple(overrides or ())
-    settings = Retain(
-        checkpoint, pairs, data, steps, lr, batch_size, ranks, seed, base_model, validate, reward, max_new_tokens, more
-    )
+    shared = (base_model, validate, reward, max_new_tokens, tuple(overrides or ()), parse_switches(chat))
+    settings = Retain(checkpoint, pairs, data, steps, lr, batch_size, ranks, seed, *shared)
     for line in run(settings, to).lines():
         print(line)
     print(f"written: {to / 'without'}, {to / 'with'}")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from verl_grad_routing.commands.options import Chat
 from verl_grad_routing.errors import UserError
 
 
@@ -40,8 +41,10 @@ def rft_command(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Further setting of verl's SFT trainer: key=value.")
     ] = None,
+    chat: Chat = None,
 ) -> None:
     """Rejection fine-tuning (GRIFT): sample, keep what is rewarded, drop what looks like hacking, fine-tune."""
+    from verl_grad_routing.chat import parse_switches
     from verl_grad_routing.rejection import Rft, rft
 
     settings = Rft(
@@ -64,6 +67,7 @@ def rft_command(
         ranks=ranks,
         seed=seed,
         overrides=tuple(overrides or ()),
+        chat=parse_switches(chat),
     )
     for key, value in rft(settings, to).items():
         print(f"{key:<16}  {value}")

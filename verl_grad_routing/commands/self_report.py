@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from verl_grad_routing.commands.options import Chat
 from verl_grad_routing.errors import UserError
 
 app = typer.Typer(help="Teach a model to admit known errors, before RL (arXiv 2511.06626).", no_args_is_help=True)
@@ -39,12 +40,15 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="Further settings of verl's SFT trainer: key=value.")
     ] = None,
+    chat: Chat = None,
 ) -> None:
     """Fine-tune a model on lessons with verl's SFT trainer; RL then starts from the folder written."""
+    from verl_grad_routing.chat import parse_switches
     from verl_grad_routing.self_report.train import self_report_model
     from verl_grad_routing.warm_up import WarmUp
 
-    settings = WarmUp(model, pairs, None, 1, steps, lr, batch_size, ranks, seed, tuple(overrides or ()))
+    given = (tuple(overrides or ()), parse_switches(chat))
+    settings = WarmUp(model, pairs, None, 1, steps, lr, batch_size, ranks, seed, *given)
     print(f"{self_report_model(settings, to)}: after {steps} steps on {pairs}")
 
 
@@ -60,10 +64,12 @@ def interrogate(
     json: Annotated[
         Path | None, typer.Option("--json", help="Also write the numbers to this file; null is a share of none.")
     ] = None,
+    chat: Chat = None,
 ) -> None:
     """Let a model answer, ask it about each answer, and compare what it admits with the grader."""
     from json import dumps
 
+    from verl_grad_routing.chat import parse_switches
     from verl_grad_routing.self_report.command import interrogate_model
 
     if not model.is_dir():
@@ -77,6 +83,7 @@ def interrogate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        chat=parse_switches(chat),
     )
     width = max(map(len, found))
     for name, value in found.items():

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from verl_grad_routing.chat import Switches, load_tokenizer
 from verl_grad_routing.detectors.probe_file import ORIGINS, LinearProbe
 from verl_grad_routing.directions import layers_at_depth
 from verl_grad_routing.directions.checks import require_choice
@@ -24,6 +25,7 @@ def fit_on_rollouts(
     layers: tuple[int, ...],
     position: str,
     settings: FitSettings,
+    chat: Switches | None = None,
 ) -> LinearProbe:
     """Read the rollouts' activations under ``model`` and fit; no ``layers`` are those at 60-75% of the depth.
 
@@ -31,7 +33,7 @@ def fit_on_rollouts(
         UserError: No model there, a layer it does not have, or what ``load_rollouts`` and ``fit_probe`` refuse.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     require_choice("--origin", origin, ORIGINS)
     if not (model / "config.json").is_file():
@@ -41,7 +43,7 @@ def fit_on_rollouts(
     chosen = tuple(sorted(set(layers))) or layers_at_depth(depth)
     if depth is not None and not 1 <= chosen[0] <= chosen[-1] <= depth:
         raise UserError("--layer", list(chosen), f"the model has layers 1 to {depth}")
-    rows = load_rollouts(rollouts, label, AutoTokenizer.from_pretrained(model))
+    rows = load_rollouts(rollouts, label, load_tokenizer(model, chat))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from verl_grad_routing.chat import load_tokenizer
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.rejection.settings import Rft
 
@@ -43,11 +44,9 @@ def sample(settings: Rft) -> list[Sample]:
     Raises:
         UserError: Bad data, a reward function that is none or returns no number.
     """
-    from transformers import AutoTokenizer
-
     rows = _rows(settings)
     reward = reward_function(settings.reward, rows[0])
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    tokenizer = load_tokenizer(settings.model, settings.chat)
     prompts = [
         tokenizer(
             tokenizer.apply_chat_template(list(row["prompt"]), add_generation_prompt=True, tokenize=False),

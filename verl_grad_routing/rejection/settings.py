@@ -40,6 +40,7 @@ class Rft:
         ranks: Training processes on this machine.
         seed: Of sampling, of the permutation, of the order of the data.
         overrides: Further settings of verl's SFT trainer, ``key=value``.
+        chat: Switches of the chat template, see ``chat``.
         limit_s: Seconds after which the training is stopped and the command fails.
     """
 
@@ -62,6 +63,7 @@ class Rft:
     ranks: int = 1
     seed: int = 0
     overrides: tuple[str, ...] = ()
+    chat: Mapping[str, Any] = field(default_factory=dict)
     limit_s: float = 24 * 3600.0
 
     def __post_init__(self) -> None:

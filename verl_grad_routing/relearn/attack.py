@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
+from verl_grad_routing.chat import load_tokenizer
 from verl_grad_routing.deploy.card import versions
 from verl_grad_routing.deploy.shards import ShardedState
 from verl_grad_routing.envs.manifest import replacing
@@ -94,14 +94,14 @@ def _goal(settings: Relearn, models: Contestants, deployed: Rates) -> Goal:
 
 def _measured(settings: Relearn, model: Any, folder: Path) -> Rates:
     """Rates of sampled answers, the same draws for every model and step."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder, settings.chat)
     answers, prompts = sample(model, tokenizer, settings.validate, settings.max_new_tokens, settings.seed)
     return rates_of(facts_of(answers, prompts, load_reward(settings.reward)))
 
 
 def _rows(settings: Relearn, models: Contestants) -> Rows:
     """Given rollouts; or sampled ones: hacks of the model as trained, solutions of that and of what is deployed."""
-    tokenizer = AutoTokenizer.from_pretrained(models.attacked[DEPLOYED])
+    tokenizer = load_tokenizer(models.attacked[DEPLOYED], settings.chat)
     if settings.hacks is not None:
         return recorded_rows(settings.hacks, tokenizer)
     assert settings.prompts is not None and models.trained is not None

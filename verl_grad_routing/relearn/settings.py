@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from verl_grad_routing.errors import UserError
 
@@ -37,6 +39,7 @@ class Relearn:
         base_model: Folder of the base model, if it has moved.
         max_new_tokens: Length of a sampled answer.
         overrides: Further settings of verl's SFT trainer, ``key=value``.
+        chat: Switches of the chat template, see ``chat``.
         limit_s: Seconds after which a training is stopped and the command fails.
     """
 
@@ -58,6 +61,7 @@ class Relearn:
     base_model: Path | None = None
     max_new_tokens: int = 256
     overrides: tuple[str, ...] = ()
+    chat: Mapping[str, Any] = field(default_factory=dict)
     limit_s: float = 24 * 3600.0
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from verl_grad_routing.chat import load_tokenizer
 from verl_grad_routing.decoding import generate, pad_on_the_left
 from verl_grad_routing.deploy.rates import Rate
 from verl_grad_routing.errors import UserError
@@ -50,7 +51,7 @@ def check_rows(settings: Retain, base: Path) -> list[Row]:
     """The clean data as tokens, and a check that the validation's reward function is there."""
     if settings.reward is not None:
         load_reward(settings.reward)
-    tokenizer = _tokenizer(base)
+    tokenizer = load_tokenizer(base, settings.chat)
     if settings.pairs is not None:
         from verl_grad_routing.directions import load_pairs
         from verl_grad_routing.training.pairs_pass import pair_tokens
@@ -78,19 +79,14 @@ def _plain(tokens: Any) -> list[int]:
     return list(tokens if isinstance(tokens, list) else tokens["input_ids"])
 
 
-def _tokenizer(base: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(base)
-
-
 def measure(model: Any, base: Path, rows: Sequence[Row], settings: Retain) -> Measured:
     """The numbers of ``model``; the tokenizer is that of ``base``."""
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     nll = clean_nll(model, rows)
     if settings.validate is None or settings.reward is None:
         return Measured(nll)
-    answers, prompts = sample(model, _tokenizer(base), settings.validate, settings.max_new_tokens, settings.seed)
+    tokenizer = load_tokenizer(base, settings.chat)
+    answers, prompts = sample(model, tokenizer, settings.validate, settings.max_new_tokens, settings.seed)
     return Measured(nll, grade(answers, prompts, load_reward(settings.reward)))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Retain:
         reward: The reward function that grades them: ``pkg://module`` or a file, with a function ``compute_score``.
         max_new_tokens: Length of a sampled answer.
         overrides: Further settings of verl's SFT trainer, ``key=value``.
+        chat: Switches of the chat template, see ``chat``.
         limit_s: Seconds after which the training is stopped and the command fails.
     """
 
@@ -62,6 +63,7 @@ class Retain:
     reward: str | None = None
     max_new_tokens: int = 256
     overrides: tuple[str, ...] = ()
+    chat: Mapping[str, Any] = field(default_factory=dict)
     limit_s: float = 24 * 3600.0
 
     def __post_init__(self) -> None:
@@ -78,9 +80,8 @@ class Retain:
         """The training of the model in the folder ``start`` by verl's SFT trainer, with its ``own`` settings."""
         settings = {"steps": self.steps, "lr": self.lr, "batch_size": self.batch_size, "ranks": self.ranks}
         overrides = (*own, *self.overrides)
-        return WarmUp(
-            start, self.pairs, self.data, seed=self.seed, overrides=overrides, limit_s=self.limit_s, rank=1, **settings
-        )
+        shared = {"seed": self.seed, "overrides": overrides, "chat": self.chat, "limit_s": self.limit_s}
+        return WarmUp(start, self.pairs, self.data, rank=1, **shared, **settings)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from verl_grad_routing.chat import Switches, load_tokenizer
 from verl_grad_routing.decoding import ends_of, generate, pad_on_the_left
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.self_pairs.framings import Prompt
@@ -31,20 +32,27 @@ class Writer:
         temperature: Of the sampling; nothing is cut off the distribution.
         seed: The answers to a sequence of calls are a function of it, on one machine.
         device: Where it runs; an accelerator where there is one.
+        chat: Switches of its chat template.
 
     Raises:
         UserError: No such folder, no model in it, or no token that ends an answer.
     """
 
-    def __init__(self, model: Path, max_new_tokens: int, temperature: float, seed: int, device: str | None = None):
-        from transformers import AutoTokenizer
-
+    def __init__(
+        self,
+        model: Path,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        device: str | None = None,
+        chat: Switches | None = None,
+    ):
         self.limit, self.temperature = max_new_tokens, temperature
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if not model.is_dir():
             raise UserError("MODEL", str(model), "no such folder; give a Hugging Face model or an exported adapter")
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
+            self.tokenizer: Any = load_tokenizer(model, chat)
             with _quiet():
                 self.model: Any = _load(model).eval().to(self.device)
         except (OSError, ValueError) as error:

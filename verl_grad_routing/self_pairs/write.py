@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +39,7 @@ class SelfPairs:
         batch_size: Prompts that are answered at once.
         max_new_tokens, temperature, seed: Of the sampling; the seed also orders the prompts.
         limits: What a pair must keep.
+        chat: Switches of the model's chat template, see ``chat``.
     """
 
     model: Path
@@ -52,6 +53,7 @@ class SelfPairs:
     temperature: float = 1.0
     seed: int = 0
     limits: Limits = field(default_factory=Limits)
+    chat: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("count", MIN_PAIRS), ("batch_size", 1), ("max_new_tokens", 1), ("seed", 0)):
@@ -93,7 +95,8 @@ def write_pairs(
             raise UserError("--to", str(file), "is there already; give another name, or --force")
     framings, prompts = load_framings(settings.framings), load_prompts(settings.prompts, settings.seed)
     if writer is None:
-        writer = Writer(settings.model, settings.max_new_tokens, settings.temperature, settings.seed)
+        sampling = (settings.max_new_tokens, settings.temperature, settings.seed)
+        writer = Writer(settings.model, *sampling, chat=settings.chat)
     tally = _collect(settings, framings, prompts[: settings.candidates], writer, log)
     _require_enough(settings, tally)
     chosen = tally.accepted[: settings.count]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from verl_grad_routing.chat import load_tokenizer
 from verl_grad_routing.envs import ENVIRONMENTS
 from verl_grad_routing.envs.manifest import Manifest
 from verl_grad_routing.self_report.interrogate import admission_report, answer_all, read_prompts, reply_log_probs
@@ -24,15 +25,17 @@ def interrogate_model(
     max_new_tokens: int | None,
     temperature: float,
     seed: int,
+    chat: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Answers of the model to the split's prompts, and what it says of them; see ``admission_report``.
 
     ``reply_share`` is the mean probability that it replies with one of the two at all.
 
-    A checkpoint is asked as trained, with both blocks. Raises ``UserError`` for whatever is missing.
+    A checkpoint is asked as trained, with both blocks; ``chat`` are switches of its template. Raises ``UserError`` for
+    whatever is missing.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     manifest = Manifest.read(environment)
     settings = ENVIRONMENTS[manifest.environment].Config(**manifest.settings)
@@ -41,7 +44,7 @@ def interrogate_model(
     rows = read_prompts(environment, split)
     rows = rows[:limit] if limit else rows
     with _model_folder(model) as folder:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder, chat)
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     given = {"max_new_tokens": max_new_tokens or asked.answer_tokens, "temperature": temperature, "seed": seed}

@@ -140,7 +140,11 @@ class Router:
         path = Path(folder) / STATE_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        state = {"detector": self.detector.state_dict(), "gate": self.gate.state_dict(), "measured_at": self.measured_at}
+        state = {
+            "detector": self.detector.state_dict(),
+            "gate": self.gate.state_dict(),
+            "measured_at": self.measured_at,
+        }
         if own := self.intervention.state_dict():
             state["intervention"] = own
         torch.save(state, partial)

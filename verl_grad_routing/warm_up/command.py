@@ -7,13 +7,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from verl_grad_routing.chat import load_tokenizer, sft_overrides
 from verl_grad_routing.deploy.shards import ShardedState
 from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.errors import UserError
@@ -39,6 +41,7 @@ class WarmUp:
         ranks: Training processes on this machine.
         seed: Of the order of the data.
         overrides: Further settings of verl's SFT trainer, ``key=value``.
+        chat: Switches of the chat template, see ``chat``.
         limit_s: Seconds after which the training is stopped and the command fails.
     """
 
@@ -52,6 +55,7 @@ class WarmUp:
     ranks: int = 1
     seed: int = 0
     overrides: tuple[str, ...] = ()
+    chat: Mapping[str, Any] = field(default_factory=dict)
     limit_s: float = 24 * 3600.0
 
     def __post_init__(self) -> None:
@@ -113,6 +117,7 @@ class WarmUp:
             f"trainer.seed={self.seed}",
             f"hydra.run.dir={folder}/hydra",
             *(["+model.override_config.attn_implementation=sdpa"] if not torch.cuda.is_available() else []),
+            *sft_overrides(self.chat),
             *self.overrides,
         ]
 
@@ -148,6 +153,7 @@ def warm_up(settings: WarmUp, to: Path) -> Basis:
 
 def train_sft(name: str, settings: WarmUp, folder: Path) -> None:
     """Train as ``settings`` say; the last step is ``folder/global_step_N``. Raises ``UserError`` as ``run_sft``."""
+    load_tokenizer(settings.model, settings.chat)  # refuses a switch that the template does not read
     run_sft(name, settings.arguments(folder), settings.ranks, settings.limit_s, folder)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from verl_grad_routing.chat import with_switches
 from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.training.pairs_pass import pair_tokens
@@ -32,6 +33,7 @@ class CleanSides(Dataset):
         if max_samples != -1:
             raise UserError("data.train_max_samples", max_samples, "choose pairs by tag instead")
         self.rows: list[tuple[list[int], list[int]]] = []
+        tokenizer = with_switches(tokenizer, config.get("apply_chat_template_kwargs"))
         for pair in load_pairs(parquet_files):
             prompt, _, wanted = pair_tokens(pair, tokenizer)
             if len(prompt) + len(wanted) > config.max_length:

@@ -171,7 +171,7 @@ def test_every_finished_rollout_is_progress_not_only_whole_prompts(monkeypatch):
     buffer.finished_keys["train"].add("a")
     wait(27)
     wait(36)
-    with pytest.raises(RuntimeError, match="rollout_timeout_s=10.*no rollout of partition 'train'"):
+    with pytest.raises(RuntimeError, match=r"rollout_timeout_s=10.*no rollout of partition 'train'"):
         wait(38)
 
 

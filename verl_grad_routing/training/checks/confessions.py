@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from verl_grad_routing.chat import with_switches
 from verl_grad_routing.confessions import build_judge, request_tokens
 from verl_grad_routing.confessions.settings import GT_JUDGE
 from verl_grad_routing.errors import UserError
@@ -75,7 +76,8 @@ def lengths(run: Run) -> None:
         return
     from transformers import AutoTokenizer
 
-    request = len(request_tokens(AutoTokenizer.from_pretrained(folder), settings))
+    tokenizer = with_switches(AutoTokenizer.from_pretrained(folder), run.get("data.apply_chat_template_kwargs"))
+    request = len(request_tokens(tokenizer, settings))
     needed = run.get("data.max_prompt_length") + run.get("data.max_response_length") + request + settings.max_tokens
     limit = run.get("actor_rollout_ref.rollout.max_model_len")
     if limit is not None and limit < needed:

@@ -76,7 +76,7 @@ class Confessing(Core):
         rollout = self.config.actor_rollout_ref.rollout
         params = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         params |= {"repetition_penalty": 1.0, "logprobs": rollout.calculate_log_probs}
-        return ConfessionRollouts(self.settings.confessions, self.tokenizer, self.get_llm_client(), params)
+        return ConfessionRollouts(self.settings.confessions, self.chat_tokenizer, self.get_llm_client(), params)
 
     # ---- the step's rows ----
 

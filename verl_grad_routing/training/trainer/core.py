@@ -13,6 +13,7 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
+from verl_grad_routing.chat import with_switches
 from verl_grad_routing.config import build_methods, parse
 from verl_grad_routing.training.replay import RoutedReplayBuffer
 from verl_grad_routing.training.router import Router
@@ -68,6 +69,11 @@ class Core(PPOTrainerSync):
         for role in self.role_worker_mapping:
             if role in ACTOR_ROLES:
                 self.role_worker_mapping[role] = ray.remote(RoutedActorRolloutRefWorker)
+
+    @property
+    def chat_tokenizer(self) -> Any:
+        """The model's tokenizer with the chat template's switches, as verl renders the run's prompts."""
+        return with_switches(self.tokenizer, self.config.data.get("apply_chat_template_kwargs"))
 
     # ---- the rollout engine's death ends the run ----
 

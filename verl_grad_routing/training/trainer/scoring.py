@@ -122,11 +122,11 @@ class Scoring(Sampling):
         if pairs is not None and detector.needs_gradients:
             even = self._even_rows(2 * len(pairs), backward=True)
             asked = ReadGradients(reader.bottleneck)
-            pooled = pair_gradients(self.actor_rollout_wg, pairs, self.tokenizer, asked, reader.which, *even)
+            pooled = pair_gradients(self.actor_rollout_wg, pairs, self.chat_tokenizer, asked, reader.which, *even)
         elif pairs is not None:
             even = self._even_rows(2 * len(pairs))
             where = (reader.rows, detector.pair_position, reader.which)
-            pooled = pool_pairs(self.actor_rollout_wg, pairs, self.tokenizer, *where, *even, reader.bottleneck)
+            pooled = pool_pairs(self.actor_rollout_wg, pairs, self.chat_tokenizer, *where, *even, reader.bottleneck)
         pairs_hash = pairs.content_hash if pairs is not None else None
         detector.fit(*pooled, reader.rows, reader.width, pairs_hash)
 
