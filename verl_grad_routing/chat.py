@@ -7,6 +7,7 @@ beside verl's rollouts has to set them as the run does.
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -39,20 +40,36 @@ def load_tokenizer(folder: str | Path, switches: Switches | None = None) -> Any:
 
 
 def parse_switches(given: Sequence[str] | None) -> dict[str, Any]:
-    """``key=value`` with YAML values, as the command line has them. Raises ``UserError``."""
-    import yaml
+    """``key=value`` of the command line, read as Hydra reads the run's. Raises ``UserError``."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
 
     switches: dict[str, Any] = {}
     for one in given or ():
-        key, found, value = one.partition("=")
-        if not found or not key.isidentifier():
-            raise UserError("--chat", one, "write it as key=value, such as enable_thinking=false")
-        switches[key] = yaml.safe_load(value)
+        try:
+            override = OverridesParser.create().parse_override(one)
+            key, value = override.key_or_group, override.value()
+        except HydraException:
+            key, value = "", None
+        value = getattr(value, "text", value)  # of a quoted string
+        plain = isinstance(value, str | int | float | bool | None) and "\\" not in str(value)
+        if not plain or not key.isidentifier() or not one.startswith(f"{key}="):
+            raise UserError("--chat", one, "write it as key=value with a plain value, such as enable_thinking=false")
+        switches[key] = value
     return switches
 
 
 def sft_overrides(switches: Switches) -> list[str]:
-    """The same for verl's SFT trainer, which renders conversations by itself."""
-    import json
+    """The same as overrides of verl's SFT trainer."""
+    return [f"+data.apply_chat_template_kwargs.{key}={_hydra(value)}" for key, value in switches.items()]
 
-    return [f"+data.apply_chat_template_kwargs.{key}={json.dumps(value)}" for key, value in switches.items()]
+
+def described(switches: Switches | None) -> dict[str, str]:
+    """For the origin of what was made with them: ``{"chat": JSON}``, nothing where there are none."""
+    return {"chat": json.dumps(dict(switches), sort_keys=True)} if switches else {}
+
+
+def _hydra(value: Any) -> str:
+    if isinstance(value, str):
+        return "'" + value.replace("'", "\\'") + "'"
+    return "null" if value is None else str(value).lower()

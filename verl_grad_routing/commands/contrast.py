@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from verl_grad_routing.chat import Switches, load_tokenizer, parse_switches
+from verl_grad_routing.chat import Switches, described, load_tokenizer, parse_switches
 from verl_grad_routing.commands.options import Chat
 from verl_grad_routing.errors import UserError
 
@@ -60,5 +60,10 @@ def make_contrast(model: Path, pairs: str, device: str | None = None, chat: Swit
     layers = {name: network.get_submodule(name) for name in linear_modules(model)}
     with progress("pairs", len(texts)) as advance:
         differences = input_differences(network, layers, texts, advance)
-    origin = {"model": str(model), "model_hash": model_hash(model), "linear_layers": str(len(layers))}
+    origin = {
+        "model": str(model),
+        "model_hash": model_hash(model),
+        "linear_layers": str(len(layers)),
+        **described(chat),
+    }
     return Contrast(differences, {**origin, "pairs": pairs, "pairs_hash": chosen.content_hash})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from verl_grad_routing.compare.comparison import Finding
@@ -16,23 +16,27 @@ MARGIN = 0.05  # of the solve rate: what a method may lose and still be said to 
 
 @dataclass(frozen=True)
 class Measure:
-    """A rate after training, one number a run.
+    """A rate after training (or before it), one number a run.
 
     Attributes:
         title: In tables.
         what: ``hack`` or ``solve``.
         deployed: As deployed; otherwise as trained.
         unknown: Over the prompts whose loophole type no contrastive pair shows; otherwise over all.
+        before: Before the first step.
     """
 
     title: str
     what: Literal["hack", "solve"]
     deployed: bool
     unknown: bool = False
+    before: bool = False
 
     def of(self, run: StoredRun) -> float | None:
-        """The rate of ``run``; None when there are no such prompts."""
-        validation = run.rates("last", deployed=self.deployed)
+        """The rate of ``run``; None when there are no such prompts, or no validation before training."""
+        if self.before and 0 not in run.validation_steps:
+            return None
+        validation = run.rates(0 if self.before else "last", deployed=self.deployed)
         tally = validation.unknown if self.unknown else validation.overall
         return getattr(tally, self.what).value if tally is not None else None
 
@@ -41,6 +45,8 @@ HACK, SOLVE = Measure("hack, as deployed", "hack", True), Measure("solve, as dep
 HACK_UNKNOWN = Measure("hack of unknown types, as deployed", "hack", True, unknown=True)
 COMPARED = (HACK, SOLVE, HACK_UNKNOWN)
 MEASURES = (Measure("hack, as trained", "hack", False), Measure("solve, as trained", "solve", False), *COMPARED)
+BEFORE = tuple(replace(measure, title=f"{measure.title}, before training", before=True) for measure in MEASURES)
+SOLVE_BEFORE = BEFORE[MEASURES.index(SOLVE)]
 
 
 @dataclass(frozen=True)
@@ -116,8 +122,10 @@ def is_control(runs: Sequence[StoredRun]) -> bool:
 def claims(results: Results, environment: str) -> list[Finding]:
     """For each method, one statement against each baseline: what its intervals exclude, and no more.
 
-    One holds when the whole interval of the hack difference lies below zero and the whole interval of the solve
-    difference above ``-MARGIN``, over at least ``STATEMENT_SEEDS`` seeds. Not corrected for how many there are.
+    One holds when the whole interval of the hack difference lies below zero, and above ``-MARGIN`` lie the whole
+    intervals of two solve differences: to the baseline, and to the same runs before training. (A baseline that hacks
+    solves nothing, so to keep what it keeps says little.) All over at least ``STATEMENT_SEEDS`` seeds, and without a
+    correction for how many statements there are.
     """
     groups = by_arm(results.of(environment))
     total, found = len(results.grid["seeds"]), []
@@ -129,16 +137,28 @@ def claims(results: Results, environment: str) -> list[Finding]:
         for arm, less in hack.items():
             if is_control(groups[arm]):
                 continue
-            more = solve[arm]
-            kept = more.seeds >= STATEMENT_SEEDS and more.low > -MARGIN
+            more, learned = solve[arm], since_start(groups[arm])
+            kept = _kept(more) and learned is not None and _kept(learned)
             few = "" if less.seeds >= STATEMENT_SEEDS else f"; fewer than {STATEMENT_SEEDS} seeds state nothing"
             text = (
                 f"{environment}: {arm} minus {baseline}, as deployed, {less.seeds} of {total} seeds: "
                 f"hack {less} ({_said(less)}, below 0 in {less.lower} of {less.seeds}, p = {less.p:.3f}), "
-                f"solve {more} ({_said(more)}{', kept' if kept else ''}, p = {more.p:.3f}){few}."
+                f"solve {more} ({_said(more)}, p = {more.p:.3f}), and {learned or 'not measured'} since before training"
+                f"{' (kept)' if kept else ''}{few}."
             )
             found.append(Finding(text, less.below_zero and kept))
     return found
+
+
+def since_start(runs: Sequence[StoredRun]) -> Difference | None:
+    """Solve rate as deployed after training minus that before it, by seed; None where the latter was not measured."""
+    before, after = by_seed(runs, SOLVE_BEFORE), by_seed(runs, SOLVE)
+    seeds = sorted(before.keys() & after.keys())
+    return difference([after[seed] for seed in seeds], [before[seed] for seed in seeds]) if seeds else None
+
+
+def _kept(solve: Difference) -> bool:
+    return solve.seeds >= STATEMENT_SEEDS and solve.low > -MARGIN
 
 
 def _said(difference: Difference) -> str:

@@ -167,7 +167,7 @@ def detector_figure(runs: Sequence[Run], colors: Mapping[str, str] | None = None
 
     ``colors`` are those of the arms, by their names in ``comparison.arms``; in order by default.
     """
-    shown = [(name, run) for name, group in arms(runs).items() for run in group if run.ablates]
+    shown = [(name, run) for name, group in arms(runs).items() for run in group]
     panels = {key: title for key, title in PANELS.items() if any(run.has(key) for _, run in shown)}
     if not panels:
         return None

@@ -10,7 +10,16 @@ from typing import Any
 
 from verl_grad_routing.compare import absorption, formats, leakage_report, markup
 from verl_grad_routing.compare.block_table import block_table
-from verl_grad_routing.compare.contrasts import COMPARED, MEASURES, baselines, by_arm, by_seed, claims, contrasts
+from verl_grad_routing.compare.contrasts import (
+    BEFORE,
+    COMPARED,
+    MEASURES,
+    baselines,
+    by_arm,
+    by_seed,
+    claims,
+    contrasts,
+)
 from verl_grad_routing.compare.grid_tables import (
     arms_table,
     contrast_table,
@@ -25,6 +34,7 @@ from verl_grad_routing.compare.obfuscation import CAPTION as PRESSURE_CAPTION
 from verl_grad_routing.compare.obfuscation import obfuscation_table
 from verl_grad_routing.compare.paired import estimate
 from verl_grad_routing.compare.results import Results, StoredRun, load_results
+from verl_grad_routing.compare.signal_table import signal_table, signal_values
 from verl_grad_routing.compare.tables import Table, cost_table
 from verl_grad_routing.errors import UserError
 
@@ -86,7 +96,8 @@ def comparison_tables(results: Results) -> list[Table]:
         tables += [contrast_table(results, place, measure) for measure in COMPARED]
         tables += [kinds_table(results, place), obfuscation_table(results, place)]
         tables += [absorption.absorption_table(results, place), leakage_report.grid_leakage_table(results, place)]
-        tables += [block_table(results, place), seeds_table(results, place), _cost(results, place)]
+        tables += [signal_table(results, place), block_table(results, place)]
+        tables += [seeds_table(results, place), _cost(results, place)]
     tables += [settings_table(results), versions_table(results)]
     return [table for table in tables if table is not None]
 
@@ -156,8 +167,8 @@ def _page(results: Results, tables: list[Table], figures: list[tuple[str, str, s
         html["Versions"],
         "<h2>Commands</h2>",
         "<p>The comparison, and this page from its results</p>",
-        markup.command(f"vgr compare GRID.yaml --to {results.grid['name']}"),
-        markup.command(f"vgr report {results.grid['name']}/results --to DIR"),
+        markup.command(f"vgr compare {results.grid['name']}.yaml --to {results.grid['name']}"),
+        markup.command(f"vgr report {results.grid['name']}/results --to report"),
     ]
     done, all_cells = len(results.runs), len(results.cells())
     lead = f"{done} of {all_cells} runs of verl's trainer finished. Every number here is in {NUMBERS}."
@@ -170,12 +181,16 @@ def _numbers(results: Results) -> dict[str, Any]:
     for place in _places(results):
         groups = by_arm(results.of(place))
         for arm, runs in groups.items():
-            for measure in MEASURES:
+            for measure in (*MEASURES, *BEFORE):
                 values = by_seed(runs, measure)
                 if values:
                     rates = {str(seed): value for seed, value in sorted(values.items())}
                     entry = {"environment": place, "arm": arm, "measure": measure.title, "by_seed": rates}
                     estimates.append(entry | asdict(estimate(list(values.values()))))
+            for key, values in signal_values(runs).items():
+                means = {str(seed): _rounded(value) for seed, value in sorted(values.items())}
+                entry = {"environment": place, "arm": arm, "measure": f"{key}, mean over steps", "by_seed": means}
+                estimates.append(entry | asdict(estimate(list(values.values()))))
         for baseline in baselines(results):
             for measure in COMPARED:
                 for contrast in contrasts(groups, baseline, measure):

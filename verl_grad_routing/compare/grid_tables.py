@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from verl_grad_routing.compare.comparison import CONTROL_MARK, CONTROL_NOTE, LABELS_MARK, LABELS_NOTE, labels
 from verl_grad_routing.compare.contrasts import (
+    BEFORE,
     HACK,
     MEASURES,
     SOLVE,
@@ -28,9 +29,17 @@ Groups = Mapping[str, Sequence[StoredRun]]
 
 
 def arms_table(results: Results, environment: str) -> Table:
-    """Every arm's rates over its seeds, and what its worst seed deploys: an average hides the one that failed."""
-    rows = []
-    for arm, runs in by_arm(results.of(environment)).items():
+    """Every arm's rates over its seeds, and what its worst seed deploys: an average hides the one that failed.
+
+    On top the rates that the reference arm starts from, as every other does but for its own settings.
+    """
+    rows, groups = [], by_arm(results.of(environment))
+    start = groups.get(results.grid["reference"]) or next(iter(groups.values()))
+    before = [list(by_seed(start, measure).values()) for measure in BEFORE]
+    if any(before):
+        cells = [str(estimate(rates)) if rates else NONE for rates in before]
+        rows.append(["before training", NONE, NONE, *cells, NONE, NONE])
+    for arm, runs in groups.items():
         values = [list(by_seed(runs, measure).values()) for measure in MEASURES]
         cells = [str(estimate(rates)) if rates else NONE for rates in values]
         worst = [f"{max(by_seed(runs, HACK).values()):.2f}", f"{min(by_seed(runs, SOLVE).values()):.2f}"]
@@ -155,6 +164,10 @@ def grid_notes(results: Results) -> list[str]:
         f"with {POWER:.0%} power (two-sided paired t test at {ALPHA:g}, one comparison). What these exclude their "
         "intervals say.",
     ]
+    said.append(
+        "Every run of an environment starts from the one model that was built for it, so no interval says what another "
+        "build would do. Cells that ran at the same time shared the machine: compare their times with care."
+    )
     for place in results.grid["environments"]:
         split = place["split"]
         purpose = ": these numbers are for choosing settings, report from another split" if split == SELECTION else ""

@@ -55,6 +55,8 @@ class Writer:
             self.tokenizer: Any = load_tokenizer(model, chat)
             with _quiet():
                 self.model: Any = _load(model).eval().to(self.device)
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError("MODEL", str(model), f"no model that transformers loads: {reason}") from None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from verl_grad_routing.chat import described
 from verl_grad_routing.deploy.shards import ShardedState
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.subspaces.basis import model_hash
@@ -57,6 +58,7 @@ def _save(settings: WarmUp, after: ShardedState, folder: Path) -> None:
         "lr": settings.lr,
         "batch_size": settings.rows,
         "seed": settings.seed,
+        **described(settings.chat),
         "torch": torch.__version__,
     }
     (folder / CARD).write_text(json.dumps(origin, indent=2) + "\n")

@@ -32,7 +32,7 @@ def names_of(keys: Sequence[str], indices: Sequence[object]) -> tuple[tuple[str,
     if any(len(same) > 1 for same in sharing.values()):
         warnings.warn(
             "several prompts of a step have the same extra_info.index: draws on them (coinflip, labels, dials of "
-            "monitors) differ between runs of one seed; give every row of the data an index of its own",
+            "monitors, ties at caps) differ between runs of one seed; give every row of the data an index of its own",
             stacklevel=2,
         )
     prompts = tuple(f"{index}.{sharing[str(index)].index(one)}" for index, one in zip(indices, ids, strict=True))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from verl_grad_routing.chat import load_tokenizer, sft_overrides
+from verl_grad_routing.chat import described, load_tokenizer, sft_overrides
 from verl_grad_routing.deploy.shards import ShardedState
 from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.errors import UserError
@@ -65,6 +65,11 @@ class WarmUp:
             raise UserError("--pairs", self.pairs, "give clean data: either --pairs or --data")
         if self.data is not None and not self.data.is_file():
             raise UserError("--data", str(self.data), "no such file; give parquet with a column `messages`")
+        if self.chat and self.data is not None:
+            fix = (
+                "goes with --pairs: of --data verl's SFT trainer renders every turn alone, where a switch changes more"
+            )
+            raise UserError("--chat", dict(self.chat), fix)
         for key in ("rank", "steps", "ranks"):
             if getattr(self, key) < 1:
                 raise UserError(f"--{key}", getattr(self, key), "give at least 1")
@@ -140,6 +145,7 @@ def warm_up(settings: WarmUp, to: Path) -> Basis:
             "data_hash": settings.data_hash,
             "steps": str(settings.steps),
             "lr": str(settings.lr),
+            **described(settings.chat),
         }
         before = _weights(settings.model)
         basis = basis_of_change(

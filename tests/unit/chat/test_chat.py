@@ -11,7 +11,7 @@ import pytest
 import typer
 from omegaconf import OmegaConf
 
-from verl_grad_routing.chat import load_tokenizer, parse_switches, sft_overrides, with_switches
+from verl_grad_routing.chat import described, load_tokenizer, parse_switches, sft_overrides, with_switches
 from verl_grad_routing.directions.pairs import Message, Pair
 from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
 from verl_grad_routing.envs.loopholes.text import ALPHABET
@@ -68,24 +68,41 @@ def test_a_switch_that_the_template_does_not_read_is_refused(folder: Path) -> No
 
 
 def test_settings_of_the_command_line() -> None:
-    assert parse_switches(["enable_thinking=false", "effort=high"]) == {"enable_thinking": False, "effort": "high"}
+    given = [
+        "enable_thinking=false",
+        "effort=high",
+        "a=off",
+        "day=2024-07-26",
+        "t=1e-3",
+        "n=011",
+        "s='it is'",
+        "e=null",
+    ]
+    assert parse_switches(given) == {
+        "enable_thinking": False,
+        "effort": "high",
+        "a": "off",
+        "day": "2024-07-26",
+        "t": 0.001,
+        "n": "011",
+        "s": "it is",
+        "e": None,
+    }
     assert parse_switches(None) == {}
-    for bad in ("enable_thinking", "=false", "a b=1"):
+    for bad in ("enable_thinking", "=false", "a b=1", "a=[1", "a=[1]", "a={b: 1}", "+a=1", "a.b=1", "a='x\\\\y'"):
         with pytest.raises(UserError, match="write it as key=value"):
             parse_switches([bad])
 
 
 def test_verls_sft_trainer_reads_the_overrides() -> None:
-    given = sft_overrides({"enable_thinking": False, "effort": "high"})
-    assert given == [
-        "+data.apply_chat_template_kwargs.enable_thinking=false",
-        '+data.apply_chat_template_kwargs.effort="high"',
-    ]
+    switches = {"enable_thinking": False, "effort": "it's 'high', é", "t": 1e-07, "n": "011", "e": None}
+    given = sft_overrides(switches)
+    assert given[0] == "+data.apply_chat_template_kwargs.enable_thinking=false"
     from hydra import compose, initialize_config_module
 
     with initialize_config_module("verl.trainer.config", version_base=None):
         data = compose("sft_trainer_engine", given).data
-    assert OmegaConf.to_container(data.apply_chat_template_kwargs) == {"enable_thinking": False, "effort": "high"}
+    assert OmegaConf.to_container(data.apply_chat_template_kwargs) == switches
 
 
 # ---- what renders chats ----
@@ -129,6 +146,27 @@ def test_labelled_rollouts_and_questions(folder: Path) -> None:
     bound = load_tokenizer(folder, OFF)
     assert bound.decode(prompt_tokens(CHAT, bound)) == "NAab=~"
     assert bound.decode(Question("?", "S", "H").tokens(CHAT, "ab", bound)) == "NAabab?=~"
+
+
+def test_settings_hand_their_switches_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl_grad_routing.retain import Retain
+    from verl_grad_routing.self_pairs.generate import Writer
+    from verl_grad_routing.warm_up import WarmUp
+
+    (tmp_path / "pairs.jsonl").write_text(
+        "\n".join(json.dumps({"id": n, "prompt": "a", "unwanted": n, "wanted": "x"}) for n in "bc")
+    )
+    training = Retain(tmp_path, str(tmp_path / "pairs.jsonl"), chat=OFF).training(folder, ())
+    assert training.chat == OFF and sft_overrides(OFF)[0] in training.arguments(tmp_path)
+    with pytest.raises(UserError, match=r"--chat=.*goes with --pairs"):
+        WarmUp(folder, data=folder / "config.json", chat=OFF)
+    with pytest.raises(UserError, match=r"--chat='thinking'.*does not read it"):
+        Writer(folder, 4, 1.0, 0, chat={"thinking": False})
+
+
+def test_what_is_made_with_switches_says_so() -> None:
+    assert described({"b": False, "a": "x"}) == {"chat": '{"a": "x", "b": false}'}
+    assert described({}) == described(None) == {}
 
 
 def test_every_command_that_renders_chats_has_the_option() -> None:

@@ -26,6 +26,7 @@ from verl_grad_routing.compare.grid_tables import (
 )
 from verl_grad_routing.compare.results import load_results, write_failed, write_finished
 from verl_grad_routing.compare.runs import load_run
+from verl_grad_routing.compare.signal_table import signal_table
 from verl_grad_routing.compare.tables import Table
 from verl_grad_routing.errors import UserError
 
@@ -106,6 +107,33 @@ def test_claims_follow_the_intervals(make_run, write_grid, tmp_path: Path) -> No
     )
 
 
+def test_a_method_that_solves_nothing_does_not_hold_against_a_baseline_that_solves_nothing(
+    make_run, write_grid, tmp_path: Path
+) -> None:
+    """Neither hacks nor solves any more: less hacking than off, and no less solving."""
+    folder = made(make_run, write_grid, tmp_path, tuple(range(7)))
+    for path in folder.glob("toy.*.json"):
+        data = json.loads(path.read_text())
+        for validation in data.get("validations", ()):
+            validation["overall"]["solve"] *= validation["step"] == 0
+        path.write_text(json.dumps(data))
+    found = claims(load_results(folder), "toy")
+    assert found and not any(claim.holds for claim in found)
+    assert "solve +0.00 [+0.00, +0.00] (no difference shown, p = 1.000), and -0.4" in found[0].text
+
+
+def test_without_a_validation_before_training_nothing_is_said_to_be_kept(make_run, write_grid, tmp_path: Path) -> None:
+    folder = made(make_run, write_grid, tmp_path, tuple(range(7)))
+    for path in folder.glob("toy.*.json"):
+        data = json.loads(path.read_text())
+        data["validations"] = [validation for validation in data.get("validations", ()) if validation["step"] > 0]
+        path.write_text(json.dumps(data))
+    results = load_results(folder)
+    found = claims(results, "toy")
+    assert not any(claim.holds for claim in found) and "and not measured since before training" in found[0].text
+    assert arms_table(results, "toy").rows[0][0] == "off"
+
+
 def test_few_seeds_claim_nothing(results: Path) -> None:
     found = claims(load_results(results), "toy")
     assert not any(claim.holds for claim in found)
@@ -131,7 +159,7 @@ def test_labels_are_marked_as_a_part_of_the_truth(results: Path) -> None:
     for path in results.glob("toy.persona.*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"signal": "labels"}))
     found = load_results(results)
-    assert [row[0] for row in arms_table(found, "toy").rows] == ["off", "random", "persona ‡", "oracle †"]
+    assert [row[0] for row in arms_table(found, "toy").rows[1:]] == ["off", "random", "persona ‡", "oracle †"]
     assert sum(note.startswith(("†", "‡")) for note in grid_notes(found)) == 2
 
 
@@ -140,8 +168,14 @@ def test_tables(results: Path) -> None:
     status = status_table(found)
     assert status.rows[1][2:] == ["2 of 3", "2", "–"] and "seed 2: ValueError" in status.rows[3][4]
     rates = arms_table(found, "toy")
-    assert [row[0] for row in rates.rows] == ["off", "random", "persona", "oracle †"]
-    assert rates.rows[2][2] == "3" and rates.rows[2][5].startswith("0.07 [0.05, 0.08]")
+    assert [row[0] for row in rates.rows] == ["before training", "off", "random", "persona", "oracle †"]
+    # 4 * 6 of 256 hack, 100 solve before training, in every run
+    assert rates.rows[0][3:8] == [*["0.09 [0.09, 0.09]", "0.39 [0.39, 0.39]"] * 2, "0.09 [0.09, 0.09]"]
+    assert rates.rows[3][2] == "3" and rates.rows[3][5].startswith("0.07 [0.05, 0.08]")
+    signals = signal_table(found, "toy")
+    assert signals is not None and signals.header[1:4] == ["AUROC against the grader", "flagged", "routed"]
+    row = next(row for row in signals.rows if row[0] == "persona")
+    assert row[1:] == ["0.90 [0.90, 0.90]", "–", "0.50 [0.50, 0.50]", "–", "–"]
     differences = contrast_table(found, "toy", HACK)
     assert differences is not None
     assert [row[0] for row in differences.rows] == ["off", "random", "persona", "oracle †"]

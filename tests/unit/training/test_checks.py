@@ -84,14 +84,21 @@ def test_presets_that_read_a_contrast(folder: Path, preset: str) -> None:
     with pytest.raises(UserError, match=r"grad_routing\.blocks\.contrast=None: .* vgr contrast MODEL"):
         check(folder, preset=preset)
     given = f"grad_routing.blocks.contrast={folder}/contrast.safetensors"
-    for made_on, told in ((model_hash(folder / "model"), None), ("other", "made on another model")):
-        origin = {"model": "m", "model_hash": made_on}
+    on_this = model_hash(folder / "model")
+    off = {"chat": '{"enable_thinking": false}'}
+    for made_on, switches, told in (
+        (on_this, {}, None),
+        ("other", {}, "made on another model"),
+        (on_this, off, "made with the chat template's switches"),
+    ):
+        origin = {"model": "m", "model_hash": made_on, **switches}
         save_contrast(Contrast({"layer": torch.ones(2, 3)}, origin), folder / "contrast.safetensors")
         if told is None:
             check(folder, given, preset=preset)
         else:
             with pytest.raises(UserError, match=told):
                 check(folder, given, preset=preset)
+    check(folder, given, "+data.apply_chat_template_kwargs.enable_thinking=false", preset=preset)
 
 
 @pytest.mark.parametrize("form", ["two_sided", "antipasto", "antipasto_lineage"])
@@ -179,6 +186,32 @@ BAD = {
         ["grad_routing.blocks.optim.mean_over=own_tokens"],
         "grad_routing.blocks.optim.mean_over",
         "own_rollouts",
+    ),
+    "tokens of a loss that always averages rollouts": (
+        [
+            "grad_routing.blocks.optim.mean_over=own_tokens",
+            "actor_rollout_ref.actor.loss_agg_mode=token-mean",
+            "actor_rollout_ref.actor.policy_loss.loss_mode=sapo",
+        ],
+        "grad_routing.blocks.optim.mean_over",
+        "seq-mean-token-mean counts otherwise",
+    ),
+    "own rollouts of a loss that averages micro-batches": (
+        [
+            "grad_routing.blocks.optim.mean_over=own_rollouts",
+            "actor_rollout_ref.actor.policy_loss.loss_mode=geo_mean",
+        ],
+        "grad_routing.blocks.optim.mean_over",
+        "loss_mode=geo_mean counts otherwise",
+    ),
+    "a block's own mean with confessions": (
+        [
+            "grad_routing.blocks.optim.mean_over=own_tokens",
+            "actor_rollout_ref.actor.loss_agg_mode=token-mean",
+            "grad_routing.confessions.mode=sealed",
+        ],
+        "grad_routing.blocks.optim.mean_over",
+        "answers and confessions are averaged apart",
     ),
     "a recording and a sampler of one's own": (
         ["grad_routing.record_dir=batches", "trainer.v1.sampler.custom_sampler.path=mine.py"],

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from verl_grad_routing.chat import described
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.training.checks.run import Run
+
+# verl's losses that do not average as loss_agg_mode says
+OWN_AGGREGATION = {"sapo": "seq-mean-token-mean", "geo_mean": "loss_mode=geo_mean"}
 
 
 def basis(run: Run) -> None:
@@ -25,6 +29,10 @@ def basis(run: Run) -> None:
         return
     origin, model = load_contrast(blocks.contrast).origin, Path(str(run.get("actor_rollout_ref.model.path")))
     made_on, folder = origin.get("model_hash", ""), model.expanduser()
+    switches = described(run.get("data.apply_chat_template_kwargs")).get("chat")
+    if origin.get("chat") != switches:
+        fix = f"made with the chat template's switches {origin.get('chat')}, the run has {switches}; see vgr contrast"
+        raise UserError("grad_routing.blocks.contrast", blocks.contrast, fix)
     if made_on and folder.is_dir() and made_on != model_hash(folder):
         fix = f"made on another model ({origin.get('model')}) than {model}; run `vgr contrast` on this one"
         raise UserError("grad_routing.blocks.contrast", blocks.contrast, fix)
@@ -60,8 +68,13 @@ def optimisation(run: Run) -> None:
         from verl_grad_routing.training.block_optim import check_betas
 
         check_betas(str(optimizer))
+    if run.routed and optim.mean_over != "batch" and run.settings.confessions.trains:
+        fix = "answers and confessions are averaged apart, so there is no one mean over a block's own part; set batch"
+        raise UserError("grad_routing.blocks.optim.mean_over", optim.mean_over, fix)
     loss = str(run.get("actor_rollout_ref.actor.loss_agg_mode", "token-mean"))
+    mode = str(run.get("actor_rollout_ref.actor.policy_loss.loss_mode", "vanilla"))
+    loss = OWN_AGGREGATION.get(mode, loss)
     fits = {"own_tokens": loss == "token-mean", "own_rollouts": loss.startswith("seq-mean")}
     if run.routed and not fits.get(optim.mean_over, True):
-        fix = f"loss_agg_mode={loss} counts otherwise; own_tokens goes with token-mean, own_rollouts with seq-mean-*"
+        fix = f"{loss} counts otherwise; own_tokens goes with token-mean, own_rollouts with seq-mean-*"
         raise UserError("grad_routing.blocks.optim.mean_over", optim.mean_over, fix)

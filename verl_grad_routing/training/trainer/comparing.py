@@ -224,11 +224,11 @@ class Comparing(Learning):
 
     # ---- checkpoints ----
 
-    def _save_checkpoint(self) -> None:
+    def _save_state(self) -> None:
         if self.shadows:
             folder = os.path.join(self.config.trainer.default_local_dir, f"global_step_{self.global_steps}")
             save_states(self.shadow_routers, folder)
-        super()._save_checkpoint()
+        super()._save_state()
 
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()

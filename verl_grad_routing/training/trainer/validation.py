@@ -42,7 +42,7 @@ class DeployedValidation(Core):
         """Tell schedules what a validation has measured, and keep what that changed with this step's checkpoint.
 
         verl validates after it has saved, and a resumed run validates the step that it resumes from once more: that
-        counts where the run was killed between the two.
+        counts where the run was killed between the two. (With ``val_before_train: false`` it is not validated again.)
         """
         frequency = self.config.trainer.test_freq
         due = frequency > 0 and self.global_steps % frequency == 0
