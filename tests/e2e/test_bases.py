@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.e2e.conftest import ROOT, SMALL, Train
-from tests.e2e.test_export import greedy
+from tests.e2e.answers import (
+    assert_same_answers,
+    assert_same_log_probs,
+    from_vllm,
+    load,
+    prompts_of,
+    samples_of,
+)
+from tests.e2e.conftest import SMALL, Train
 from verl_grad_routing.commands.contrast import make_contrast
 from verl_grad_routing.compare.runs import Run
 from verl_grad_routing.routing import save_contrast
@@ -84,29 +89,14 @@ def test_other_forms_train_and_are_validated_as_deployed(other_form) -> None:
 
 def test_exports_of_other_forms_are_what_was_validated(other_form, environment: Path, tmp_path: Path) -> None:
     """In transformers and in vLLM, as plain adapters: the run's own greedy answers, and log-probs that agree."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     _, run, folders = other_form
     tokenizer = AutoTokenizer.from_pretrained(environment / "model")
-    samples = {
-        blocks: [json.loads(line) for line in (run.folder / view / f"{STEPS}.jsonl").read_text().splitlines()]
-        for blocks, view in BLOCKS.items()
-    }
-    prompts = [tokenizer(row["input"], add_special_tokens=False)["input_ids"] for row in samples["both"][:32]]
-    script, out = ROOT / "tests/e2e/modules/vllm_log_probs.py", tmp_path / "out.json"
-    command = [sys.executable, script, environment / "model", out, *folders.values()]
-    subprocess.run(command, input="\n".join(map(json.dumps, prompts)), text=True, check=True, timeout=400)
-    from_vllm = json.loads(out.read_text())
+    samples = {blocks: samples_of(run.folder, view, STEPS) for blocks, view in BLOCKS.items()}
+    prompts = prompts_of(tokenizer, samples["both"])
+    answers = from_vllm(environment / "model", prompts, tmp_path / "out.json", *folders.values())
     for blocks, folder in folders.items():
-        base = AutoModelForCausalLM.from_pretrained(environment / "model", dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, folder).eval()
-        answers = greedy(model, tokenizer, [row["input"] for row in samples[blocks]])
-        same = sum(answer == row["output"] for answer, row in zip(answers, samples[blocks], strict=True))
-        assert same >= 0.98 * len(answers)  # a tie between two tokens may fall either way
-        for prompt, theirs in zip(prompts, from_vllm[str(folder)], strict=True):
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + theirs["tokens"]])).logits[0]
-            tokens = torch.tensor(theirs["tokens"]).unsqueeze(1)
-            ours = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, tokens).squeeze(1)
-            assert (ours - torch.tensor(theirs["log_probs"])).abs().max() < 1e-3
+        model = load(environment / "model", folder)
+        assert_same_answers(model, tokenizer, samples[blocks])
+        assert_same_log_probs(model, prompts, answers[str(folder)])
