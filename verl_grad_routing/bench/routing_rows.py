@@ -1,14 +1,14 @@
 """The rows of ``vgr bench routing``: what is measured, against what, how both are set up, and the bound.
 
 All run the embedded environment's model and batch (128 rollouts, see ``bench.step``). Adapter rows are one
-``update_actor`` with the blocks and the routing table of a preset against two blocks unrouted, rows of the base model's
-own units one against stock verl's update of every parameter, and ``persona_grad``'s scores are against one forward and
-backward pass.
+``update_actor`` with the blocks and the routing table of a preset against two blocks unrouted (of the same form, where
+that is another one), rows of the base model's own units one against stock verl's update of every parameter (of the same
+expanded model, where it is one), and ``persona_grad``'s scores are against one forward and backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ from verl_grad_routing.bench.step import ROLLOUTS, Bench, build_engine, make_bat
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.interventions import INTERVENTIONS
 from verl_grad_routing.routing import DEFAULT, STRICT, Contrast, Route, RoutingTable, save_contrast
+from verl_grad_routing.training.masks import TOKEN_ROUTE, TOKEN_WEIGHT
 
 Work = Callable[[], object]
 ADAPTER_BOUND, DENSE_BOUND, SCORES_BOUND = 1.03, 1.05, 1.1
 # SGTM's small model: some units and a head of every layer, embeddings and norms learning from all.
-UNITS = {"kind": "dense", "units": {"mlp_units": 64, "heads": 1, "shared": ["embeddings", "head", "norms"]}}
+UNITS = {"mlp_units": 64, "heads": 1, "shared": ["embeddings", "head", "norms"]}
+CLOUD_UNITS = {"mlp_units": "0-79", "shared": ["embeddings", "head"]}
+NEW_UNITS = 64
 RANKS = {"deployed_rank": 8, "quarantine_rank": 8}
 SHARES = {Route.ROUTE: 0.5, Route.ABSORB: 0.25, Route.KEEP: 0.25}
 """Routes of the routed batch: all three kernels' paths are taken."""
@@ -50,36 +53,62 @@ def register_row(name: str, row: Row) -> None:
 
 
 def adapter_update(
-    blocks: dict[str, Any], table: RoutingTable = DEFAULT, routed: bool = True
+    blocks: dict[str, Any], table: RoutingTable = DEFAULT, routed: bool = True, tokens: bool = False
 ) -> Callable[[Path], Work]:
-    """An update of two adapter blocks with these settings, over mixed routes or absorbing everything."""
+    """An update of two adapter blocks with these settings, over mixed routes (of tokens) or absorbing everything."""
 
     def make(folder: Path) -> Work:
         settings = dict(blocks)
         if "contrast" in settings:
             settings["contrast"] = str(_made_up_contrast(folder))
-        return _update(build_engine(folder, {**RANKS, **settings}), table, routed)
+        return _update(build_engine(folder, {**RANKS, **settings}), table, routed, tokens)
 
     return make
 
 
-def dense_update(intervention: dict[str, Any]) -> Callable[[Path], Work]:
+def dense_update(
+    intervention: dict[str, Any], units: dict[str, Any], model: Callable[[Path], Path] = Path, weighted: bool = False
+) -> Callable[[Path], Work]:
     """An update of two blocks of the base model itself, over mixed routes and as this intervention treats them."""
     table = INTERVENTIONS.build(intervention, "benchmark row").table
-    return lambda folder: _update(build_engine(folder, UNITS, lora_rank=0), table, routed=True)
+    blocks = {"kind": "dense", "units": units}
+    return lambda folder: _update(build_engine(model(folder), blocks, lora_rank=0), table, True, weighted=weighted)
 
 
-def stock_update(folder: Path) -> Work:
+def stock_update(model: Callable[[Path], Path] = Path) -> Callable[[Path], Work]:
     """Stock verl's update of every parameter."""
-    return _update(build_engine(folder, None, lora_rank=0), DEFAULT, routed=False)
+    return lambda folder: _update(build_engine(model(folder), None, lora_rank=0), DEFAULT, routed=False)
 
 
-def _update(engine: Any, table: RoutingTable, routed: bool) -> Work:
+def expanded(folder: Path) -> Path:
+    """The model with new MLP units in every layer, made once."""
+    from verl_grad_routing.deploy.expansion import Expand, expand
+
+    wide = folder / "expanded"
+    if not wide.exists():
+        expand(Expand(folder, NEW_UNITS), wide)
+    return wide
+
+
+def _update(engine: Any, table: RoutingTable, routed: bool, tokens: bool = False, weighted: bool = False) -> Work:
     batch, loss = make_batch(kl=True), make_loss(kl=True)
-    counts = [round(ROLLOUTS * share) for share in SHARES.values()]
-    mixed = torch.tensor([int(route) for route in SHARES]).repeat_interleave(torch.tensor(counts))
-    routes = mixed[torch.randperm(ROLLOUTS)] if routed else torch.full((ROLLOUTS,), int(Route.ABSORB))
+    routes = _mixed(ROLLOUTS) if routed else torch.full((ROLLOUTS,), int(Route.ABSORB))
+    if tokens:
+        lengths = [len(row) for row in batch["response_mask"].unbind()]
+        batch[TOKEN_ROUTE] = _jagged(_mixed(sum(lengths)).split(lengths))
+    if weighted:
+        batch[TOKEN_WEIGHT] = _jagged([torch.rand(len(row)) for row in batch["input_ids"].unbind()])
     return lambda: update_actor(engine, batch, routes, table, loss)
+
+
+def _mixed(count: int) -> torch.Tensor:
+    routes = torch.tensor([int(route) for route in SHARES])
+    counts = torch.tensor([round(count * share) for share in SHARES.values()])
+    return routes.repeat_interleave(counts)[torch.randperm(count)]
+
+
+def _jagged(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
 def gradient_scores(folder: Path) -> Work:
@@ -120,6 +149,19 @@ for _name, _blocks, _table in (
     ("decay_to_start", {"optim": {"decay_to_start": True}}, DEFAULT),
 ):
     register_row(_name, Row("vanilla_2r", ADAPTER_BOUND, adapter_update(_blocks, _table), _VANILLA))
-for _name, _intervention in (("sgtm", {"name": "sgtm"}), ("cloud", {"name": "cloud"})):
-    register_row(_name, Row("full parameters", DENSE_BOUND, dense_update(_intervention), stock_update))
+register_row("persona_token", Row("vanilla_2r", ADAPTER_BOUND, adapter_update({}, tokens=True), _VANILLA))
+for _form in ("two_sided", "antipasto"):
+    _blocks = {"init": "pissa_split", "form": _form}
+    _unrouted = adapter_update(_blocks, routed=False)
+    register_row(_form, Row(f"{_form} unrouted", ADAPTER_BOUND, adapter_update(_blocks), _unrouted))
+_CLOUD = {"name": "cloud", "alpha": -5e-8}
+_ERA = {"name": "cloud", "alpha": -0.75}
+for _name, _intervention, _units, _model, _weighted in (
+    ("sgtm", {"name": "sgtm"}, UNITS, Path, False),
+    ("cloud", _CLOUD, CLOUD_UNITS, Path, False),
+    ("cloud, token weights", _CLOUD, CLOUD_UNITS, Path, True),
+    ("era", _ERA, {**CLOUD_UNITS, "mlp_units": "expanded"}, expanded, False),
+):
+    _routed = dense_update(_intervention, _units, _model, _weighted)
+    register_row(_name, Row("full parameters", DENSE_BOUND, _routed, stock_update(_model)))
 register_row("persona_grad", Row("one pass", SCORES_BOUND, gradient_scores, one_pass))
