@@ -10,7 +10,7 @@ version = release = installed_version(project)
 extensions = ["myst_parser"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "results/*/report"]  # tables that pages show a part of
 
 html_theme = "furo"
 html_title = project

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from verl_grad_routing.compare.runs import load_run
 from verl_grad_routing.errors import UserError
 
 LOCK = ".lock"
+PATHS = re.compile(r"(?<![\w:/.])(?:/[\w.@+-]+)+/([\w.@+-]+)")  # absolute ones, and their last part
 Sizes = Mapping[tuple[str, str], Mapping[str, float | None]]  # see cells.check_configurations
 
 
@@ -187,8 +189,8 @@ def _collect(folder: Path, cell: Cell, keep: bool = False) -> bool:
 
 
 def _failed(folder: Path, cell: Cell, error: UserError) -> bool:
-    """Write the failure down, without the name of the machine's folder, and go on; always False."""
-    line = " ".join(str(error).replace(str(folder.parent), "TO").split())
+    """Write the failure down, without the names of the machine's folders, and go on; always False."""
+    line = PATHS.sub(r"\1", " ".join(str(error).replace(str(folder.parent), "TO").split()))
     results.write_failed(folder, cell, line)
     print(f"{cell.name}: FAILED, the others go on: {line}", file=sys.stderr)
     return False

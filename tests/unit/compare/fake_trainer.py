@@ -74,7 +74,7 @@ with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as metrics:  # verl's logger
             (checkpoints / f"global_step_{step}").mkdir(parents=True, exist_ok=True)
             latest.write_text(str(step))
         if "fail" in plan.values() and step == 2:
-            raise ValueError(f"out of luck in {folder}")
+            raise ValueError(f"out of luck in {folder}, {__file__}")
         if "hang" in plan.values() and step == 3:
             time.sleep(600)
         if "slow" in plan.values():

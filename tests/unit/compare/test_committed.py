@@ -11,11 +11,12 @@ import pytest
 
 from verl_grad_routing.compare.embed import embed
 from verl_grad_routing.compare.grid import load_grid
-from verl_grad_routing.compare.grid_report import NUMBERS, TABLES, write_grid_report
+from verl_grad_routing.compare.grid_report import NUMBERS, PAGE, TABLES, write_grid_report
 from verl_grad_routing.compare.results import GRID, load_results, write_grid
 
 ROOT = Path(__file__).parents[3]
 COMMITTED = sorted(path.parent for path in (ROOT / "docs" / "results").glob(f"*/results/{GRID}"))
+DRAWN = re.compile(r"<svg .*?</svg>", re.DOTALL)
 MARK = re.compile(r"^<!-- results: (\S+) -->$", re.MULTILINE)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
@@ -29,6 +30,8 @@ def test_tables_and_numbers_are_those_of_the_results(results: Path, tmp_path: Pa
     write_grid_report(results, tmp_path)
     committed = results.parent / "report"
     assert (tmp_path / NUMBERS).read_bytes() == (committed / NUMBERS).read_bytes()
+    pages = [DRAWN.sub("", (to / PAGE).read_text(encoding="utf-8")) for to in (tmp_path, committed)]
+    assert pages[0] == pages[1]  # figures aside
     made, kept = ({path.name: path.read_bytes() for path in (to / TABLES).iterdir()} for to in (tmp_path, committed))
     assert made == kept
 
@@ -42,10 +45,19 @@ def test_the_grid_is_the_recipe(results: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("results", COMMITTED, ids=named)
 def test_every_result_is_a_cell_of_one_training_code_and_names_no_folder(results: Path) -> None:
     found = load_results(results)  # refuses mixed versions
-    assert not found.extra and len({run.record.revision for run in found.runs}) == 1
+    assert not found.extra and len({run.record.code for run in found.runs}) == 1
+    assert all(run.record.revision and not run.record.revision.endswith("-dirty") for run in found.runs)
     for path in results.glob("*.json"):
         assert not re.search(r'"/|/home/|/root/|/tmp/|/work/', path.read_text()), path.name
         assert path.name == GRID or json.loads(path.read_text())["status"] in ("finished", "failed")
+
+
+def test_the_figure_on_top_is_a_committed_comparisons() -> None:
+    figures = {
+        path.relative_to(ROOT) for results in COMMITTED for path in (results.parent / "report").glob("figures/*.svg")
+    }
+    shown = {Path(path) for path in re.findall(r"!\[[^]]*\]\(([^)]+\.svg)\)", (ROOT / "README.md").read_text())}
+    assert shown and shown <= (figures or {Path("docs/assets/figure.svg")})
 
 
 def test_tables_in_pages_are_those_of_the_results(tmp_path: Path) -> None:

@@ -106,7 +106,10 @@ def test_a_failed_cell_is_reported_and_the_others_go_on(
     outcome = run_grid(write_grid(jobs=2), tmp_path / "out", trainer=FAKE_TRAINER)
     assert outcome.failed == ("toy/off/seed-1",) and len(starts()) == 4
     found = load_results(outcome.results)
-    assert len(found.runs) == 3 and "ValueError: out of luck in TO/toy/off/seed-1" in found.failures[0].error
+    assert (
+        len(found.runs) == 3
+        and "ValueError: out of luck in TO/toy/off/seed-1, fake_trainer.py" in found.failures[0].error
+    )
     execute.show(outcome)
     out, err = capsys.readouterr()
     assert "toy/off/seed-1: FAILED, the others go on" in err and "1 of 2" in out
