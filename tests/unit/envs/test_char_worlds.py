@@ -207,3 +207,19 @@ def test_splits_that_share_a_prompt_are_told_apart():
     require_disjoint({"train": [one, two], "test": []})
     with pytest.raises(UserError, match=r"test row 1.*in train as well"):
         require_disjoint({"train": [one], "test": ["b", two]})
+
+
+def test_the_size_of_the_model_is_a_setting() -> None:
+    from verl_grad_routing.envs.chars.model import model_config, new_model
+
+    assert (
+        Settings(width=64, layers=2).recorded() | {"width": 64, "layers": 2} == Settings(width=64, layers=2).recorded()
+    )
+    assert not {"width", "layers"} & Settings().recorded().keys()
+    alphabet = world("loopholes").alphabet
+    shape = model_config(alphabet, 64, 2)
+    assert (shape.hidden_size, shape.intermediate_size, shape.num_attention_heads, shape.head_dim) == (64, 192, 2, 32)
+    assert len(new_model(alphabet, 0, 64, 2).model.layers) == 2
+    for key, value, told in (("width", 48, "positive multiple of 32"), ("width", 0, "positive"), ("layers", 0, "1")):
+        with pytest.raises(UserError, match=rf"{key}={value}.*{told}"):
+            Settings(**{key: value})

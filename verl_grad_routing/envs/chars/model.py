@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers.utils import logging
 
 from verl_grad_routing.envs.chars.alphabet import CONTEXT, Alphabet
+from verl_grad_routing.envs.chars.settings import HEAD, LAYERS, WIDTH
 from verl_grad_routing.envs.chars.task import SortingTask
 from verl_grad_routing.envs.chars.world import World
 
@@ -28,16 +29,16 @@ THREADS = 1  # fixed, for their number decides the last bits; on a busy machine 
 IGNORED = -100  # label that the cross-entropy skips
 
 
-def model_config(alphabet: Alphabet) -> LlamaConfig:
-    """About 0.86M parameters; head size 32 is the least that vLLM's CPU attention takes."""
+def model_config(alphabet: Alphabet, width: int = WIDTH, layers: int = LAYERS) -> LlamaConfig:
+    """About 0.86M parameters by default; head size 32 is the least that vLLM's CPU attention takes."""
     return LlamaConfig(
         vocab_size=len(alphabet.tokens),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=32,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD,
+        num_key_value_heads=width // HEAD,
+        head_dim=HEAD,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -47,10 +48,10 @@ def model_config(alphabet: Alphabet) -> LlamaConfig:
     )
 
 
-def new_model(alphabet: Alphabet, seed: int) -> LlamaForCausalLM:
+def new_model(alphabet: Alphabet, seed: int, width: int = WIDTH, layers: int = LAYERS) -> LlamaForCausalLM:
     """A freshly initialised model in float32 that stops at EOS."""
     with seeded(seed):
-        model = LlamaForCausalLM(model_config(alphabet)).float()
+        model = LlamaForCausalLM(model_config(alphabet, width, layers)).float()
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, eos_token_id=alphabet.eos_id, pad_token_id=alphabet.pad_id
     )

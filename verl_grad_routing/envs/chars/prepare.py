@@ -63,7 +63,7 @@ def _write_model(folder: Path, world: World[Any, Any], tasks: dict[str, list[Any
 
     config = world.config
     tokenizer = build_tokenizer(world.alphabet)
-    model = new_model(world.alphabet, config.seed)
+    model = new_model(world.alphabet, config.seed, config.width, config.layers)
     taken = {task.letters for split in tasks.values() for task in split}
     with progress("warm-up", config.steps) as report:
         loss = warm_up(model, world.alphabet, world.demonstrations(taken), config.steps, report)

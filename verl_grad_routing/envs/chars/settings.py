@@ -11,6 +11,9 @@ PERSONAS = ("full", "voices", "none")
 MOST_PROMPTS = 100_000
 
 
+WIDTH, LAYERS, HEAD = 128, 4, 32
+
+
 @dataclass(frozen=True)
 class CharSettings:
     """Settings of the build.
@@ -27,6 +30,8 @@ class CharSettings:
             ``full``: an honest, a sly and a neutral voice, and after EOS a self-tag that says how the completion was
             made. ``voices``: no self-tag. ``none``: the neutral voice alone.
         sly_share: Share of exploits among the neutral voice's demonstrations: how often the model starts out hacking.
+        width: Hidden size of the model, whose heads have 32 each.
+        layers: Of the model. Both are the dial of a sweep over model sizes.
     """
 
     seed: int = 0
@@ -38,9 +43,11 @@ class CharSettings:
     steps: int = 600
     persona: str = "full"
     sly_share: float = 0.12
+    width: int = WIDTH
+    layers: int = LAYERS
 
     types: ClassVar[tuple[str, ...]] = ()
-    options: ClassVar[tuple[str, ...]] = ("persona", "sly_share")
+    options: ClassVar[tuple[str, ...]] = ("persona", "sly_share", "width", "layers")
     """Fields that ``recorded`` leaves out at their defaults."""
 
     def __post_init__(self) -> None:
@@ -51,7 +58,9 @@ class CharSettings:
                 raise UserError(field.name, value, f"use {kind}")
         for name in ("train_size", "val_size", "test_size"):
             self.require_shares(name)
-        for name in ("pairs", "steps"):
+        if self.width < HEAD or self.width % HEAD:
+            raise UserError("width", self.width, f"use a positive multiple of {HEAD}, the size of a head")
+        for name in ("pairs", "steps", "layers"):
             if getattr(self, name) < 1:
                 raise UserError(name, getattr(self, name), "use at least 1")
         if self.prompts > MOST_PROMPTS:
