@@ -106,12 +106,27 @@ def weigh(factor: Tensor):
     return hook
 
 
-class Adam:
-    """AdamW of both blocks, each with its own clip, count of steps and mass; entry by entry."""
+BETAS = (0.9, 0.999)
 
-    def __init__(self, reference: DenseReference, lr: float, decay: float, clip: float, betas=(0.9, 0.999)):
-        self.reference, self.lr, self.decay, self.clip, self.betas = reference, lr, decay, clip, betas
+
+class Adam:
+    """AdamW of both blocks, each with its own clip, count of steps and mass; entry by entry.
+
+    Args:
+        lr, decay, betas: Of both blocks, or of (deployed, quarantine).
+        jointly: One norm over both.
+        to_start: Decay towards the first values in place of zero.
+    """
+
+    def __init__(
+        self, reference: DenseReference, lr, decay, clip: float, betas=(BETAS, BETAS), jointly=False, to_start=False
+    ):
+        self.lr, self.decay = (value if isinstance(value, tuple) else (value, value) for value in (lr, decay))
+        self.reference, self.clip, self.betas, self.jointly = reference, clip, betas, jointly
         self.moments = {name: [torch.zeros_like(v), torch.zeros_like(v)] for name, v in reference.values.items()}
+        self.towards = {
+            name: v.detach().clone() if to_start else torch.zeros_like(v) for name, v in reference.values.items()
+        }
         self.steps = [0, 0]
 
     @torch.no_grad()
@@ -122,18 +137,21 @@ class Adam:
             for name, flags in self.reference.flags.items():
                 squares += float((gradients[name][flags == block] ** 2).sum())
             norms.append(squares**0.5)
+        whole = sum(norm**2 for norm in norms) ** 0.5
+        for block in (0, 1):
             if mass[block]:
                 self.steps[block] += 1
-                self._step(block, gradients, min(1.0, self.clip / (norms[block] + 1e-6)))
+                norm = whole if self.jointly else norms[block]
+                self._step(block, gradients, min(1.0, self.clip / (norm + 1e-6)))
         return norms
 
     def _step(self, block: int, gradients: Mapping[str, Tensor], scale: float) -> None:
-        (b1, b2), count = self.betas, self.steps[block]
+        (b1, b2), count, lr = self.betas[block], self.steps[block], self.lr[block]
         for name, flags in self.reference.flags.items():
             here, value = flags == block, self.reference.values[name]
             g, (m, v) = gradients[name][here] * scale, self.moments[name]
             m[here] = b1 * m[here] + (1 - b1) * g
             v[here] = b2 * v[here] + (1 - b2) * g**2
-            new = value[here] * (1 - self.lr * self.decay)
-            new -= self.lr * (m[here] / (1 - b1**count)) / ((v[here] / (1 - b2**count)).sqrt() + 1e-8)
+            new = value[here] - lr * self.decay[block] * (value[here] - self.towards[name][here])
+            new -= lr * (m[here] / (1 - b1**count)) / ((v[here] / (1 - b2**count)).sqrt() + 1e-8)
             value[here] = new

@@ -41,12 +41,34 @@ FEEDS: dict[str, tuple[dict, dict, Loss, Any, list[str]]] = {
     "gradient routing": ({}, {"micro": 3}, PLAIN, table("sgtm", variant="gradient_routing"), []),
     "activation masking": ({}, {"micro": 3}, PLAIN, table("sgtm", variant="activation_masking"), PAPER_SHARED),
     "cloud": ({}, {"micro": 3}, PLAIN, table("cloud", alpha=-0.75), []),
+    "gradient routing, checkpointed": (
+        {"checkpointing": True},
+        {"micro": 3},
+        PLAIN,
+        table("sgtm", variant="gradient_routing"),
+        [],
+    ),
+    "activation masking, checkpointed": (
+        {"checkpointing": True},
+        {"micro": 3},
+        PLAIN,
+        table("sgtm", variant="activation_masking"),
+        PAPER_SHARED,
+    ),
+    "cloud, checkpointed": ({"checkpointing": True}, {"micro": 3}, PLAIN, table("cloud", alpha=-0.75), []),
     "bf16": ({"dtype": "bf16"}, {"micro": 3}, PLAIN, DEFAULT, []),
 }
 
 
-def engine(world: World, shared: list[str] | tuple = (), **options: Any) -> Any:
-    blocks = {**SETTINGS, "units": {**SETTINGS["units"], "shared": list(shared)}}
+OPTIM: dict[str, dict[str, Any]] = {
+    "own rates and moments": {"lr_ratio_quarantine": 3.0, "betas_quarantine": [0.5, 0.9], "weight_decay_deployed": 0.4},
+    "towards the start": {"decay_to_start": True, "weight_decay_quarantine": 2.0},
+    "jointly": {"clip_jointly": True},
+}
+
+
+def engine(world: World, shared: list[str] | tuple = (), own: dict[str, Any] | None = None, **options: Any) -> Any:
+    blocks = {**SETTINGS, "units": {**SETTINGS["units"], "shared": list(shared)}, "optim": own or {}}
     return world.engine(blocks=blocks, **options)
 
 
@@ -90,6 +112,27 @@ def dense_steps(world: World) -> dict[str, Any]:
     before = block_states(world, both)
     world.train(both, routed(world.rollouts, ROUTE), micro=3)
     return {"states": states, "metrics": metrics, "values": values, "shared": (before, block_states(world, both))}
+
+
+@scenario(1, 2)
+def dense_optim(world: World) -> dict[str, Any]:
+    """Three steps with blocks optimised apart: mixed, all flagged, mixed."""
+    found: dict[str, Any] = {}
+    for name, own in OPTIM.items():
+        one = engine(world, own=own, optim={"clip_grad": CLIP})
+        values = []
+        for kind in (None, ROUTE, None):
+            world.train(one, world.rollouts if kind is None else routed(world.rollouts, kind), micro=3)
+            values.append(parameters(one))
+        found[name] = values
+    folder = str(world.scratch / "dense-optim")
+    one.save_checkpoint(folder, global_step=1)
+    dist.barrier()
+    try:
+        engine(world, own=OPTIM["towards the start"]).load_checkpoint(folder, del_local_after_load=False)
+    except UserError as error:
+        found["refused"] = str(error)
+    return found
 
 
 @scenario(1, 2)

@@ -32,6 +32,9 @@ CASES = {
     "gradient routing": (PLAIN, tables.GRADIENT_ROUTING, False, lambda name: False),
     "activation masking": (PLAIN, tables.ACTIVATION_MASKING, False, outside),
     "cloud": (PLAIN, tables.CLOUD, False, lambda name: False),
+    "gradient routing, checkpointed": (PLAIN, tables.GRADIENT_ROUTING, False, lambda name: False),
+    "activation masking, checkpointed": (PLAIN, tables.ACTIVATION_MASKING, False, outside),
+    "cloud, checkpointed": (PLAIN, tables.CLOUD, False, lambda name: False),
     "bf16": (PLAIN, tables.PARAMETER_MASKING, False, lambda name: False),
 }
 
@@ -85,6 +88,30 @@ class TestSteps:
         before, after = world["dense_steps"]["shared"]
         assert same(before["deployed"], after["deployed"]) and before["shared"].keys() <= after["shared"].keys()
         assert moved(before["shared"], after["shared"])
+
+
+LR = 1e-2
+APART = {
+    "own rates and moments": {"lr": (LR, 3 * LR), "decay": (0.4, 0.1), "betas": (tables.BETAS, (0.5, 0.9))},
+    "towards the start": {"lr": LR, "decay": (0.1, 2.0), "to_start": True},
+    "jointly": {"lr": LR, "decay": 0.1, "jointly": True},
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_blocks_are_optimised_apart(name, world, inputs):
+    own = DenseReference(inputs.model_dir)
+    adam = Adam(own, clip=CLIP, **APART[name])
+    for index, kind in enumerate((None, ROUTE, None)):
+        rows = inputs.rollouts if kind is None else routed(inputs.rollouts, kind)
+        adam.step(own.gradients(rows), (kind != ROUTE, True))
+        for parameter, value in own.values.items():
+            off = (world["dense_optim"][name][index][parameter].double() - value).abs() > 5e-4
+            assert off.float().mean() < 0.01, (index, parameter)
+
+
+def test_a_run_that_decays_towards_its_start_is_not_resumed_as_another(world):
+    assert world["dense_optim"]["refused"].startswith("grad_routing.blocks.optim.decay_to_start=True: the checkpoint's")
 
 
 def plain_log_probs(model, row):

@@ -18,7 +18,7 @@ def parameter_groups(blocks: Blocks, settings: BlockOptimConfig, actor: Any) -> 
     """One optimizer group a block; what a block does not set of its own stays ``actor.optim``'s.
 
     Args:
-        blocks: Parameters of each block.
+        blocks: Parameters of each block, and of ``shared`` where dense blocks have it, which has nothing of its own.
         settings: ``grad_routing.blocks.optim``.
         actor: ``actor.optim``.
     """
@@ -27,7 +27,7 @@ def parameter_groups(blocks: Blocks, settings: BlockOptimConfig, actor: Any) -> 
         group: dict[str, Any] = {"params": parameters, "block": name}
         if name == "quarantine" and settings.lr_ratio_quarantine != 1.0:
             group["lr"] = actor.lr * settings.lr_ratio_quarantine
-        betas = getattr(settings, f"betas_{name}")
+        betas = getattr(settings, f"betas_{name}", None)
         if betas is not None:
             check_betas(actor.optimizer)
             group["betas"] = betas
@@ -42,7 +42,7 @@ def parameter_groups(blocks: Blocks, settings: BlockOptimConfig, actor: Any) -> 
 
 def decay_of(block: str, settings: BlockOptimConfig, actor: Any) -> float:
     """Strength of a block's decoupled weight decay."""
-    own = getattr(settings, f"weight_decay_{block}")
+    own = getattr(settings, f"weight_decay_{block}", None)
     return actor.weight_decay if own is None else own
 
 
@@ -58,8 +58,8 @@ class DecayToStart:
     """``p ← p - lr λ (p - p₀)`` before the optimizer's step, which then decays nothing.
 
     Decay as AdamW has it, towards the weights that training started from and not towards zero: with a basis in A,
-    decay towards zero would shrink the basis. A block that is not stepped does not decay either. Keeps one copy of the
-    blocks (``Adam`` keeps two).
+    decay towards zero would shrink the basis, and with blocks of the base model what that has learned. A block that is
+    not stepped does not decay either. Keeps one copy of the blocks (``Adam`` keeps two).
 
     Attributes:
         starts: This rank's shards of the start, by block.

@@ -133,9 +133,7 @@ class BlockStep:
 
     def _step(self) -> dict[str, float]:
         before = {name: [p.detach().clone() for p in parameters] for name, parameters in self.blocks.items()}
-        if self.decay is not None:
-            for (name, parameters), group in zip(self.blocks.items(), self.optimizer.param_groups, strict=True):
-                self.decay(name, parameters, group["lr"])
+        self._decay()
         self.optimizer.step()
         for hook in self.hooks:
             hook.transform_update(self.blocks, {name: [local(t) for t in shards] for name, shards in before.items()})
@@ -143,3 +141,8 @@ class BlockStep:
             name: _norm([p.detach() - old for p, old in zip(parameters, before[name], strict=True)])
             for name, parameters in self.blocks.items()
         }
+
+    def _decay(self) -> None:
+        if self.decay is not None:
+            for (name, parameters), group in zip(self.blocks.items(), self.optimizer.param_groups, strict=True):
+                self.decay(name, parameters, group["lr"])

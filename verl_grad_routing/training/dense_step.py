@@ -7,23 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from verl_grad_routing.routing.dense import BlockParts
+from verl_grad_routing.training.block_optim import DecayToStart
 from verl_grad_routing.training.block_step import BlockStep
 
 
 class DenseStep(BlockStep):
     """The step over views of full parameters, see :class:`BlockParts` for why views.
 
-    Parameters of neither block are a third group, ``shared``: clipped by their own norm, stepped whenever a token
-    teaches anything. Changes of parameters are not measured: that needs a second copy of the model.
+    Parameters of neither block are a third group, ``shared``: clipped by their own norm (or with the blocks where those
+    are clipped jointly), stepped whenever a token teaches anything. Changes of parameters are not measured: that needs
+    a second copy of the model.
 
     Args:
         optimizer: One parameter group for each of ``parts.blocks``, in that order.
         parts: The views.
         clip_norms: Gradient norm limit of each.
+        jointly: Clip all of the model by one norm, as verl does, under the largest of the limits.
+        decay: Decay towards the start.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parts: BlockParts, clip_norms: Mapping[str, float]):
-        super().__init__(optimizer, parts.blocks, clip_norms, [])
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parts: BlockParts,
+        clip_norms: Mapping[str, float],
+        *,
+        jointly: bool = False,
+        decay: DecayToStart | None = None,
+    ):
+        super().__init__(optimizer, parts.blocks, clip_norms, [], jointly=jointly, decay=decay)
         self.parts = parts
 
     @torch.no_grad()
@@ -41,11 +53,21 @@ class DenseStep(BlockStep):
         return masses | {"shared": max(masses.values())}  # above 0 as soon as a token teaches either block
 
     def _clip(self, name: str) -> float:
-        gradients = [part.grad for part in self.blocks[name] if part.grad is not None]
-        norm = self.parts.norm(gradients)
+        norm = self._norm(name)
         torch.nn.utils.clip_grads_with_norm_(self.blocks[name], self.clip_norms[name], torch.tensor(norm))
         return norm
 
+    def _clip_jointly(self) -> dict[str, float]:
+        norms = {name: self._norm(name) for name in self.blocks}
+        total = torch.tensor(sum(norm**2 for norm in norms.values()) ** 0.5)
+        for block in self.blocks.values():
+            torch.nn.utils.clip_grads_with_norm_(block, max(self.clip_norms.values()), total)
+        return norms
+
+    def _norm(self, name: str) -> float:
+        return self.parts.norm([part.grad for part in self.blocks[name] if part.grad is not None])
+
     def _step(self) -> dict[str, float]:
+        self._decay()
         self.optimizer.step()
         return {}

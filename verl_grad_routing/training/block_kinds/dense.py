@@ -4,7 +4,7 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from verl_grad_routing.config import BlockOptimConfig
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.routing import BLOCKS
 from verl_grad_routing.routing.dense import (
@@ -25,6 +24,7 @@ from verl_grad_routing.routing.dense import (
     install_blocks,
 )
 from verl_grad_routing.training.block_kinds.base import BLOCK_KINDS, BlockKind, ToTokens
+from verl_grad_routing.training.block_optim import DecayToStart, parameter_groups
 from verl_grad_routing.training.dense_step import DenseStep
 from verl_grad_routing.training.hooks import EngineHook
 from verl_grad_routing.training.masks import activation_gradients_of
@@ -57,9 +57,6 @@ class DenseUnits(BlockKind):
         if settings.blocks.hooks:
             fix = "engine hooks act on adapters; leave it empty with blocks.kind=dense"
             raise UserError("grad_routing.blocks.hooks", list(settings.blocks.hooks), fix)
-        if settings.blocks.optim != BlockOptimConfig():
-            fix = "how blocks are optimised apart is a setting of adapters; leave the defaults with blocks.kind=dense"
-            raise UserError("grad_routing.blocks.optim", settings.blocks.optim, fix)
         if run.reads_fingerprints:
             fix = "gradient fingerprints are taken from models with adapters; choose another detector"
             raise UserError("grad_routing.detector.name", settings.detector["name"], fix)
@@ -91,8 +88,12 @@ class DenseUnits(BlockKind):
         actor_optim: Any,
     ) -> DenseStep:
         parts = BlockParts(dict(module.named_parameters()), self.blocks.role)
-        optimizer = build_optimizer([{"params": part, "block": name} for name, part in parts.blocks.items()])
-        return DenseStep(optimizer, parts, self.limits(actor_optim.clip_grad) | {"shared": actor_optim.clip_grad})
+        optim = self.config.optim
+        optimizer = build_optimizer(parameter_groups(parts.blocks, optim, actor_optim))
+        limits = self.limits(actor_optim.clip_grad)
+        limits["shared"] = max(limits.values())
+        decay = DecayToStart.of(parts.blocks, optim, actor_optim)
+        return DenseStep(optimizer, parts, limits, jointly=optim.clip_jointly, decay=decay)
 
     def weights(self, engine: RoutedFSDPEngine, stock: Callable[..., tuple], **options: Any) -> tuple:
         tensors, configuration = stock(**options)
@@ -111,8 +112,15 @@ class DenseUnits(BlockKind):
             "shared": shared,
             "ablate_at_deployment": self.config.ablate_at_deployment,
             "base_model": str(engine.model_config.path),
+            "start": {"decay_to_start": self.config.optim.decay_to_start},
             "expansion": None if expansion is None else expansion.as_record(),
         }
+
+    def check_resumable(self, saved: Mapping[str, Any]) -> None:
+        now, before = self.config.optim.decay_to_start, saved.get("start", {}).get("decay_to_start", False)
+        if now != before:
+            fix = f"the checkpoint's run has {before}; set the same or start a new run"
+            raise UserError("grad_routing.blocks.optim.decay_to_start", now, fix)
 
 
 def resolved(units: Any, shape: Shape) -> DenseBlocks:
