@@ -64,7 +64,7 @@ def two_blocks(weights: tuple[float, float, float], rate: float, steps: int) -> 
     """
     ones = torch.ones(2, 1, dtype=torch.float64)
     gate, update = (mask.double() for mask in block_masks([Route.ABSORB, Route.ROUTE, Route.KEEP]))
-    targets, weigh = torch.tensor([2.0, 1.0, 2.0]).double(), torch.tensor(weights).double()
+    targets, weigh = (torch.tensor(values, dtype=torch.float64) for values in ((2.0, 1.0, 2.0), weights))
 
     def gradient(at: list[float]) -> torch.Tensor:
         B = torch.tensor(at, dtype=torch.float64, requires_grad=True)

@@ -45,7 +45,7 @@ def test_worked_cases(figures: ModuleType) -> None:
     assert figures.clipping()["each its own (default)"][1] == pytest.approx([0.3] * 100)
     assert figures.two_blocks((1, 1, 0), 0.01, 4001)[-1] == pytest.approx((27.2289, -25.5622), abs=1e-4)
     assert figures.two_blocks((1, 1, 0.2), 0.01, 20_000)[-1] == pytest.approx((4.5, -3.0), abs=1e-9)
-    start, share = figures.absorbed()["deployed block's share"]
+    _, share = figures.absorbed()["deployed block's share"]
     assert share[0] == pytest.approx(0.5) and share[-1] == 0 and share == sorted(share, reverse=True)
     rates, precision = figures.fixed_share()["routed rollouts that hack"]
     assert precision == pytest.approx([min(1, rate / 0.75) for rate in rates], abs=0.02)
