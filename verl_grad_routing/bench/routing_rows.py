@@ -154,13 +154,13 @@ for _form in ("two_sided", "antipasto"):
     _blocks = {"init": "pissa_split", "form": _form}
     _unrouted = adapter_update(_blocks, routed=False)
     register_row(_form, Row(f"{_form} unrouted", ADAPTER_BOUND, adapter_update(_blocks), _unrouted))
-_CLOUD = {"name": "cloud", "alpha": -5e-8}
-_ERA = {"name": "cloud", "alpha": -0.75}
+CLOUD = {"name": "cloud", "alpha": -5e-8}
+ERA = {"name": "cloud", "alpha": -0.75}
 for _name, _intervention, _units, _model, _weighted in (
     ("sgtm", {"name": "sgtm"}, UNITS, Path, False),
-    ("cloud", _CLOUD, CLOUD_UNITS, Path, False),
-    ("cloud, token weights", _CLOUD, CLOUD_UNITS, Path, True),
-    ("era", _ERA, {**CLOUD_UNITS, "mlp_units": "expanded"}, expanded, False),
+    ("cloud", CLOUD, CLOUD_UNITS, Path, False),
+    ("cloud, token weights", CLOUD, CLOUD_UNITS, Path, True),
+    ("era", ERA, {**CLOUD_UNITS, "mlp_units": "expanded"}, expanded, False),
 ):
     _routed = dense_update(_intervention, _units, _model, _weighted)
     register_row(_name, Row("full parameters", DENSE_BOUND, _routed, stock_update(_model)))

@@ -16,9 +16,12 @@ pytestmark = pytest.mark.timeout(180)
 REWARDS = (3.5, 3.5, 0.5, 0.5)  # the first one hacks
 MONITOR = {"detector": {"name": "monitor", "rules": ["even"]}, "gate": {"name": "threshold", "route_above": 0.5}}
 SCORES = {"detector": {"name": "monitor", "rules": ["even"]}}  # 1, 0, 0, 0
+UNEQUAL = (3.0, 3.0, 0.0, 1.0)  # jnward/gradient-routing-rl's worked case: of all four, and of the three unflagged
 CASES: dict[str, tuple[dict[str, Any], list[float]]] = {
     "vanilla": ({}, [0.8660, 0.8660, -0.8660, -0.8660]),
     # GRIFT's labels as a filter and as a mask; screening is the filter (arXiv 2604.16242, the LeetCode-loophole post)
+    "all of unequal": ({}, [0.8333, 0.8333, -1.1667, -0.5]),
+    "unflagged of unequal": ({**MONITOR, "intervention": {"name": "screen"}}, [0, 1.0911, -0.8729, -0.2182]),
     "filter": ({**MONITOR, "intervention": {"name": "screen"}}, [0, 1.1547, -0.5773, -0.5773]),
     "mask": ({**MONITOR, "intervention": {"name": "mask_advantage"}}, [0, 0.8660, -0.8660, -0.8660]),
     "soft mask": (
@@ -38,7 +41,7 @@ def test_advantages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import transfer_queue as tq
     from transfer_queue import KVBatchMeta
 
-    settings, expected = CASES[name]
+    (settings, expected), paid = CASES[name], UNEQUAL if name.endswith("unequal") else REWARDS
     queue = Queue()
     for call, function in queue.calls.items():
         monkeypatch.setattr(tq, call, function)
@@ -46,7 +49,7 @@ def test_advantages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for row, key in enumerate(keys):
         mask = torch.ones(1 + row, dtype=torch.int64)
         rewards = torch.zeros(1 + row)
-        rewards[-1] = REWARDS[row]
+        rewards[-1] = paid[row]
         queue.rows[key] = {
             "uid": "u",
             "index": 0,
@@ -64,6 +67,6 @@ def test_advantages(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for row, (key, want) in enumerate(zip(keys, expected, strict=True)):
         found = queue.rows[key]
         assert found["advantages"].tolist() == pytest.approx([want] * (1 + row), abs=1e-4)
-        kept = name != "filter" or row > 0
+        kept = name not in ("filter", "unflagged of unequal") or row > 0
         assert found["response_mask"].tolist() == found["loss_mask"].tolist() == [int(kept)] * (1 + row)
-        assert float(found["rm_scores"].sum()) == REWARDS[row]  # metrics see what the grader paid
+        assert float(found["rm_scores"].sum()) == paid[row]  # metrics see what the grader paid
