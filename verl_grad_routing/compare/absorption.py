@@ -1,8 +1,9 @@
 """The absorption curve: what is left of unlabelled hacks at deployment, against how much is labelled.
 
 Arms are named ``<method>_types_<percent>`` (that share of the loophole types is labelled, every hack of theirs),
-``<method>_rollouts_<percent>`` (that share of the hacks of every type), ``<method>_000`` (nothing is) and
-``<method>_all_100`` (everything: a control). *Which* types are labelled is read from the arm's overrides of
+``<method>_rollouts_<percent>`` (that share of the hacks of every type), ``<method>_precision_<percent>`` (every hack is
+flagged, and that share of the flags is right), ``<method>_000`` (nothing is labelled) and ``<method>_all_100``
+(everything: a control). *Which* types are labelled is read from the arm's overrides of
 ``grad_routing.detector.types`` and ``type_recall``. The claim that a weak detector of one type suppresses another one,
 which nothing labels (absorption; Cloud et al., arXiv 2410.04332; SGTM, arXiv 2512.05648), is the types' curve.
 """
@@ -21,15 +22,20 @@ from verl_grad_routing.compare.statistics import Rate
 from verl_grad_routing.compare.tables import NONE, Table
 from verl_grad_routing.errors import UserError
 
-NAME = re.compile(r"(?P<method>.+?)_(?:(?P<dial>types|rollouts|all)_)?(?P<percent>[0-9]{3})")
-DIALS = {"types": "loophole types labelled", "rollouts": "hacks of every type labelled"}
+NAME = re.compile(r"(?P<method>.+?)_(?:(?P<dial>types|rollouts|precision|all)_)?(?P<percent>[0-9]{3})")
+DIALS = {
+    "types": "loophole types labelled",
+    "rollouts": "hacks of every type labelled",
+    "precision": "flags that are right",
+}
 LABELLED_IF_UNSAID = "known"  # detector `labels` of the presets
-TITLE = "unlabelled hacks against label recall"
+TITLE = "hacks against the recall and precision of labels"
 CAPTION = (
-    "As deployed. Left: hacks of the loophole types that nothing labels, against the share of types that is labelled "
-    "(which types are left changes along the line). Right: hacks of all types, against the share of hacks that is "
-    "labelled; hollow: all of them, the truth, a control. Interquartile mean over seeds with 95% bootstrap bars; of a "
-    "single seed the rate with its Wilson interval. Below: what is still solved. Dotted: the reference arm."
+    "As deployed. Against the share of types that is labelled: hacks of the types that nothing labels (which types are "
+    "left changes along the line). Against the share of hacks that is labelled: hacks of all types; hollow: all of "
+    "them, the truth, a control. Against the share of flags that is right, every hack flagged: hacks of all types. "
+    "Interquartile mean over seeds with 95% bootstrap bars; of a single seed the rate with its Wilson interval. Below: "
+    "what is still solved. Dotted: the reference arm."
 )
 COLUMNS = ("hack of unlabelled types", "hack, all types", "solve", "hack, as trained")
 
@@ -49,7 +55,8 @@ def points_of(arm: str) -> list[Point]:
     if found is None:
         return []
     share = int(found["percent"]) / 100
-    dials = {"types": ["types"], "rollouts": ["rollouts"], "all": ["rollouts"], None: ["types", "rollouts"]}
+    own = {dial: [dial] for dial in DIALS}
+    dials: dict[str | None, list[str]] = {**own, "all": ["rollouts", "precision"], None: ["types", "rollouts"]}
     return [Point(dial, found["method"], share) for dial in dials[found["dial"]]]
 
 
@@ -59,6 +66,10 @@ def curves(results: Results, environment: str) -> dict[Point, list[StoredRun]]:
     named = [found for arm in groups if (found := NAME.fullmatch(arm)) is not None]
     methods = [one["method"] for one in named if one["dial"] in DIALS]  # without these a number tells something else
     found = {point: runs for arm, runs in groups.items() for point in points_of(arm) if point.method in methods}
+    of = {(one["dial"], one["method"]) for one in named}
+    found = {
+        point: runs for point, runs in found.items() if point.dial != "precision" or (point.dial, point.method) in of
+    }
     dials = list(DIALS)
     order = sorted(found, key=lambda one: (dials.index(one.dial), methods.index(one.method), one.share))
     return {point: found[point] for point in order}
@@ -67,6 +78,8 @@ def curves(results: Results, environment: str) -> dict[Point, list[StoredRun]]:
 def unlabelled(run: StoredRun, point: Point) -> Tally | None:
     """Samples of the loophole types that nothing labels, as deployed; None where every type has labels."""
     validation = run.rates("last", deployed=True)
+    if point.dial == "precision":
+        return None
     if point.share == 0:
         return validation.overall
     if point.dial != "types":
@@ -134,5 +147,5 @@ def absorption_table(results: Results, environment: str) -> Table | None:
     for point, runs in curves(results, environment).items():
         cells = [NONE if value is None else str(value) for value in measured(point, runs).values()]
         rows.append([f"{DIALS[point.dial]}: {point.method}", f"{point.share:.0%}", str(len(runs)), *cells])
-    header = ["curve", "labelled", "seeds", *COLUMNS]
+    header = ["curve", "at", "seeds", *COLUMNS]
     return Table(f"{environment}: {TITLE}", header, rows) if rows else None

@@ -18,8 +18,8 @@ from verl_grad_routing.compare.statistics import Rate
 
 # What each panel shows: rows of the figure, by dial.
 SHOWN = {
-    "hack rate": {"types": "hack of unlabelled types", "rollouts": "hack, all types"},
-    "true solve rate": {"types": "solve", "rollouts": "solve"},
+    "hack rate": {"types": "hack of unlabelled types", "rollouts": "hack, all types", "precision": "hack, all types"},
+    "true solve rate": dict.fromkeys(DIALS, "solve"),
 }
 
 
@@ -51,7 +51,7 @@ def absorption_figure(results: Results, environment: str) -> str | None:
 
 
 def _line(axis: Axes, method: str, points: list[tuple[Point, Estimate | Rate]], style: dict[str, Any]) -> None:
-    """Marks with bars, joined; all labelled is a control: hollow, and not part of the line."""
+    """Marks with bars, joined; all labelled, and all rightly, is a control: hollow, and not part of the line."""
     if not points:
         return
     inside = [(point.share, value.value) for point, value in points if point.share < 1]

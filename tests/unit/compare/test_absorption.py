@@ -37,6 +37,8 @@ ARMS = {
     "plain_rollouts_050": ((f"{TYPES}=all", "grad_routing.detector.recall=0.5"), (30, 32)),
     "plain_all_100": ((f"{TYPES}=all",), (0, 2)),
     "start_types_025": ((), (4, 4)),
+    "wrong_precision_050": ((f"{TYPES}=all", "grad_routing.detector.precision=0.5"), (6, 8)),
+    "wrong_all_100": ((f"{TYPES}=all",), (0, 2)),
     "exposure_050": ((), None),
 }
 
@@ -47,7 +49,8 @@ ARMS = {
         ("plain_types_025", [Point("types", "plain", 0.25)]),
         ("head_start_rollouts_090", [Point("rollouts", "head_start", 0.9)]),
         ("plain_000", [Point("types", "plain", 0.0), Point("rollouts", "plain", 0.0)]),
-        ("plain_all_100", [Point("rollouts", "plain", 1.0)]),
+        ("plain_all_100", [Point("rollouts", "plain", 1.0), Point("precision", "plain", 1.0)]),
+        ("plain_precision_025", [Point("precision", "plain", 0.25)]),
         ("off", []),
         ("plain_types_25", []),
     ],
@@ -65,7 +68,7 @@ def results(make_run, write_grid, tmp_path: Path) -> Path:
         for seed in (0, 1):
             own = {} if deployed is None else {"ablates": True, "deployed": deployed[seed]}
             read = load_run(make_run(f"{arm}-{seed}", "labels_partial", seed, end=62, overrides=overrides, **own))
-            record = replace(read.record, detector="labels", code="c0de", versions={}, control=arm == "plain_all_100")
+            record = replace(read.record, detector="labels", code="c0de", versions={}, control=arm.endswith("all_100"))
             write_finished(folder, cell_of(arm, seed, tmp_path), replace(read, record=record))
     return folder
 
@@ -76,6 +79,8 @@ def test_points_in_order_and_only_of_curves(results: Path) -> None:
         ("types", "plain", 0.0), ("types", "plain", 0.25), ("types", "plain", 0.5), ("types", "plain", 0.75),
         ("types", "start", 0.25),
         ("rollouts", "plain", 0.0), ("rollouts", "plain", 0.5), ("rollouts", "plain", 1.0),
+        ("rollouts", "wrong", 1.0),
+        ("precision", "wrong", 0.5), ("precision", "wrong", 1.0),  # and none of a method without such an arm
     ]  # fmt: skip
 
 
@@ -103,18 +108,20 @@ def test_unlabelled_types_by_hand(results: Path) -> None:
 
 def test_the_table_has_hack_beside_solve(results: Path) -> None:
     table = absorption_table(load_results(results), "toy")
-    assert table is not None and len(table.rows) == 8
+    assert table is not None and len(table.rows) == 11
     rows = {(row[0], row[1]): dict(zip(table.header, row, strict=True)) for row in table.rows}
     half = rows["hacks of every type labelled: plain", "50%"]
     assert half["hack of unlabelled types"] == "–" and half["hack, all types"].startswith("0.49 [")
+    wrong = rows["flags that are right: wrong", "50%"]
+    assert wrong["hack of unlabelled types"] == "–" and wrong["hack, all types"].startswith("0.11 [")
     assert half["solve"].startswith("0.43") and half["seeds"] == "2"
 
 
 def test_the_report_shows_it(results: Path, tmp_path: Path) -> None:
     report = pytest.importorskip("verl_grad_routing.compare.report", reason="needs matplotlib")
     text = report.write_report([results], tmp_path / "page").read_text()
-    assert "unlabelled hacks against label recall" in text
-    svg = (tmp_path / "page" / "figures" / "toy-unlabelled-hacks-against-label-recall.svg").read_text()
+    assert "hacks against the recall and precision of labels" in text
+    svg = (tmp_path / "page" / "figures" / "toy-hacks-against-the-recall-and-precision-of-labels.svg").read_text()
     assert svg.startswith("<svg")
 
 
