@@ -303,7 +303,8 @@ def report(
         bool, typer.Option("--allow-mixed-versions", help="Accept results of different package versions.")
     ] = False,
     into: Annotated[
-        Path | None, typer.Option(help="Markdown file: the rates of a comparison also go between its marks there.")
+        list[Path] | None,
+        typer.Option(help="Markdown file: the rates of a comparison also go between its marks there; may be repeated."),
     ] = None,
 ) -> None:
     """Compare runs, or show a comparison's results: tables and a page with figures."""
@@ -315,11 +316,11 @@ def report(
     from verl_grad_routing.compare.report import write_report
     from verl_grad_routing.compare.results import is_results
 
-    if into is not None and not is_results(runs[0]):
-        raise UserError("--into", str(into), f"{runs[0]} is no results folder of vgr compare, which this needs")
+    if into and not is_results(runs[0]):
+        raise UserError("--into", str(into[0]), f"{runs[0]} is no results folder of vgr compare, which this needs")
     write_report(runs, to, allow_mixed_versions)
-    if into is not None:
-        embed(runs[0], into, allow_mixed_versions)
+    for page in into or ():
+        embed(runs[0], page, allow_mixed_versions)
 
 
 app.add_typer(probe_command.app, name="probe")
