@@ -73,8 +73,8 @@ class BlocksConfig:
     Attributes:
         enabled: Install both blocks and the routed kernel; ``False`` is stock verl (preset ``off``).
         kind: What the blocks are made of: ``adapters``, or ``dense``, units of the base model itself.
-        units: Of ``dense``: which units are the quarantine. The others below it but the clip norms,
-            ``ablate_at_deployment`` and ``hooks`` are of ``adapters``.
+        units: Of ``dense``: which units are the quarantine. The others below it but the clip norms, ``optim`` and
+            ``ablate_at_deployment`` are of ``adapters``.
         deployed_rank: Rank of the deployed block.
         quarantine_rank: Rank of the quarantine block; equal by default, or a comparison measures size.
         init: Name of the initialisation of the A rows (``routing.INITIALISATIONS``); B starts at 0.

@@ -8,6 +8,7 @@ expanded model, where it is one), and ``persona_grad``'s scores are against one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,17 @@ ADAPTER_BOUND, DENSE_BOUND, SCORES_BOUND = 1.03, 1.05, 1.1
 UNITS = {"mlp_units": 64, "heads": 1, "shared": ["embeddings", "head", "norms"]}
 CLOUD_UNITS = {"mlp_units": "0-79", "shared": ["embeddings", "head"]}
 NEW_UNITS = 64
+# What presets set of how blocks are optimised.
+TO_START = {"decay_to_start": True}
+STRICT_OPTIM = {
+    **{f"betas_{block}": [0.9, 0.99] for block in ("deployed", "quarantine")},
+    **{f"weight_decay_{block}": 0.1 for block in ("deployed", "quarantine")},
+    "clip_jointly": True,
+}
+SGTM_OPTIM = {
+    **{f"betas_{block}": [0.9, 0.95] for block in ("deployed", "quarantine")},
+    **{f"weight_decay_{block}": 0.1 for block in ("deployed", "quarantine")},
+}
 RANKS = {"deployed_rank": 8, "quarantine_rank": 8}
 SHARES = {Route.ROUTE: 0.5, Route.ABSORB: 0.25, Route.KEEP: 0.25}
 """Routes of the routed batch: all three kernels' paths are taken."""
@@ -67,11 +79,11 @@ def adapter_update(
 
 
 def dense_update(
-    intervention: dict[str, Any], units: dict[str, Any], model: Callable[[Path], Path] = Path, weighted: bool = False
+    intervention: dict[str, Any], blocks: dict[str, Any], model: Callable[[Path], Path] = Path, weighted: bool = False
 ) -> Callable[[Path], Work]:
     """An update of two blocks of the base model itself, over mixed routes and as this intervention treats them."""
     table = INTERVENTIONS.build(intervention, "benchmark row").table
-    blocks = {"kind": "dense", "units": units}
+    blocks = {"kind": "dense", **blocks}
     return lambda folder: _update(build_engine(model(folder), blocks, lora_rank=0), table, True, weighted=weighted)
 
 
@@ -142,26 +154,27 @@ def _made_up_contrast(folder: Path) -> Path:
 _VANILLA = adapter_update({}, routed=False)
 for _name, _blocks, _table in (
     ("persona", {}, DEFAULT),
-    ("strict", {}, STRICT),
-    ("pissa", {"init": "pissa_split"}, DEFAULT),
-    ("corda", {"init": "corda", "contrast": ""}, DEFAULT),
-    ("scorda", {"init": "scorda", "contrast": ""}, DEFAULT),
-    ("decay_to_start", {"optim": {"decay_to_start": True}}, DEFAULT),
+    ("strict", {"optim": STRICT_OPTIM}, STRICT),
+    ("pissa", {"init": "pissa_split", "optim": TO_START}, DEFAULT),
+    ("corda", {"init": "corda", "contrast": "", "optim": TO_START}, DEFAULT),
+    ("scorda", {"init": "scorda", "contrast": "", "optim": TO_START}, DEFAULT),
+    ("decay_to_start", {"optim": TO_START}, DEFAULT),
 ):
     register_row(_name, Row("vanilla_2r", ADAPTER_BOUND, adapter_update(_blocks, _table), _VANILLA))
 register_row("persona_token", Row("vanilla_2r", ADAPTER_BOUND, adapter_update({}, tokens=True), _VANILLA))
 for _form in ("two_sided", "antipasto"):
-    _blocks = {"init": "pissa_split", "form": _form}
+    _blocks = {"init": "pissa_split", "form": _form, "optim": TO_START}
     _unrouted = adapter_update(_blocks, routed=False)
     register_row(_form, Row(f"{_form} unrouted", ADAPTER_BOUND, adapter_update(_blocks), _unrouted))
 CLOUD = {"name": "cloud", "alpha": -5e-8}
 ERA = {"name": "cloud", "alpha": -0.75}
-for _name, _intervention, _units, _model, _weighted in (
-    ("sgtm", {"name": "sgtm"}, UNITS, Path, False),
-    ("cloud", CLOUD, CLOUD_UNITS, Path, False),
-    ("cloud, token weights", CLOUD, CLOUD_UNITS, Path, True),
-    ("era", ERA, {**CLOUD_UNITS, "mlp_units": "expanded"}, expanded, False),
+_NO_LIMITS = {"clip_norm_deployed": math.inf, "clip_norm_quarantine": math.inf}
+for _name, _intervention, _blocks, _model, _weighted in (
+    ("sgtm", {"name": "sgtm"}, {"units": UNITS, "optim": SGTM_OPTIM, **_NO_LIMITS}, Path, False),
+    ("cloud", CLOUD, {"units": CLOUD_UNITS}, Path, False),
+    ("cloud, token weights", CLOUD, {"units": CLOUD_UNITS}, Path, True),
+    ("era", ERA, {"units": {**CLOUD_UNITS, "mlp_units": "expanded"}}, expanded, False),
 ):
-    _routed = dense_update(_intervention, _units, _model, _weighted)
+    _routed = dense_update(_intervention, _blocks, _model, _weighted)
     register_row(_name, Row("full parameters", DENSE_BOUND, _routed, stock_update(_model)))
 register_row("persona_grad", Row("one pass", SCORES_BOUND, gradient_scores, one_pass))

@@ -45,8 +45,9 @@ def absorption_figure(results: Results, environment: str) -> str | None:
         for axis, dial in zip(axes[-1], dials, strict=True):
             axis.set_xlabel(DIALS[dial])
         _reference(axes, results, environment)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right upper")
+        pairs = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes[0]]
+        named = {label: handle for handle, label in (pair for panel in pairs for pair in panel)}
+        figure.legend(named.values(), named.keys(), loc="outside right upper")
         return to_svg(figure)
 
 

@@ -43,7 +43,7 @@ ERROR = re.compile(r"^(?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt|Exit)(?:\([\w
 def seed_overrides(seed: int) -> list[str]:
     """Overrides that give every arm the same prompts in the same order and the same draws, as far as verl allows.
 
-    Requests to the rollout engine arrive in no fixed order, so samples differ between two runs of one seed.
+    Requests carry seeds of their own where the agent loop gives them (``training.request_seeds``).
     """
     keys = (
         "data.seed",

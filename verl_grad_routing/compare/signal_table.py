@@ -1,4 +1,6 @@
-"""What each arm's detector saw and how much was routed, over all training steps: is a control's mass the method's?"""
+"""What each arm's detector saw and how much was routed, over the steps that results keep: is a control's mass the
+method's?
+"""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ class Labels(Detector):
     def knows_everything(self) -> bool:
         config = self.config
         every_type = config.types == "all" and min([config.recall, *(config.type_recall or {}).values()]) == 1
-        return every_type and config.prompt_share == 1 and config.flip_rate == 0
+        right = config.flip_rate == 0 and config.precision in (None, 1)
+        return every_type and config.prompt_share == 1 and right
 
     def score(self, view: BatchView) -> Tensor:
         hack_B = self._fact(view, "hack")

@@ -69,6 +69,13 @@ _TABLE: dict[str, dict[str, str | None]] = {
         "ReplayBuffer._wait_for_next_poll": "self partition_id last_debug_time",
         "ReplayBuffer._sync_metadata_from_transfer_queue": "self",
     },
+    "verl.experimental.agent_loop.agent_loop": {
+        "register": "agent_name",
+        "AgentLoopWorker._run_agent_loop": "self sampling_params trajectory agent_name trace **kwargs",
+    },
+    "verl.experimental.agent_loop.single_turn_agent_loop": {
+        "SingleTurnAgentLoop.run": "self sampling_params priority **kwargs",
+    },
     "verl.workers.rollout.llm_server": {
         "LLMServerManager.get_addresses": "self",
         "LLMServerClient.generate": (

@@ -1,10 +1,13 @@
-"""A seed for every request to the rollout engine, so that two runs of one seed draw alike wherever they agree.
+"""A seed for every rollout's request to the engine, so that two runs of one seed draw alike wherever they agree.
 
 verl sends requests without seeds, in no fixed order, and the engine draws them all from one generator: two runs of one
 seed then differ from the first token on. With a seed of its own a request draws the same numbers whatever is scheduled
 beside it. Arms of a comparison see common random numbers: the same samples as long as their policies are the same
 (before training and in the first step), similar ones while they are close. What is left is arithmetic: logits depend in
 their last bits on what else is in the engine's batch, and a draw on the edge can fall either way.
+
+Two rows of one step with the same text and the same ``extra_info.index`` are one prompt to these seeds, and draw the
+same samples. Confessions are asked beside verl's agent loops and have no seeds.
 """
 
 from __future__ import annotations

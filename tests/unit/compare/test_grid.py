@@ -130,9 +130,10 @@ def test_recipes_name_what_there_is(recipe: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_every_arm_of_the_recipe_composes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_every_arm_of_a_recipe_composes(recipe: str, tmp_path: Path) -> None:
     pytest.importorskip("verl")
-    grid = load_grid(RECIPES / "core.yaml")
+    grid = load_grid(RECIPES / recipe)
     cells = cells_of(grid, [locate(place, tmp_path, RECIPES) for place in grid.environments], tmp_path)
     check_configurations([cell for cell in cells if cell.seed == grid.seeds[0]])
 

@@ -26,6 +26,13 @@ def test_units_and_factors_are_the_presets() -> None:
 
     assert units("sgtm") == rows.UNITS and units("cloud") == rows.CLOUD_UNITS
     assert units("era") == {"mlp_units": "expanded"}  # the rest is cloud's
+
+    def optim(name: str) -> dict[str, Any]:
+        return preset(name)["grad_routing"]["blocks"]["optim"]
+
+    assert (optim("sgtm"), optim("strict")) == (rows.SGTM_OPTIM, rows.STRICT_OPTIM)
+    assert all(optim(name) == rows.TO_START for name in ("pissa", "corda", "scorda"))
+    assert preset("sgtm")["grad_routing"]["blocks"]["clip_norm_deployed"] == float("inf")
     intervention = preset("cloud")["grad_routing"]["intervention"]
     assert intervention["alpha"] == rows.CLOUD["alpha"] and intervention["off_target"] == 1.0
     assert preset("era")["grad_routing"]["intervention"]["alpha"] == rows.ERA["alpha"]

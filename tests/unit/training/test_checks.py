@@ -494,8 +494,8 @@ def test_pairs_without_an_environment_must_be_given(folder: Path) -> None:
         check(folder, "grad_routing.detector.pairs=???")
 
 
-SWAPPED = ["+grad_routing.intervention.head_start_until=0.8"]
-SWAPPED += ["+grad_routing.intervention.head_start_measure=swapped_reward"]
+SWAPPED = ["grad_routing.intervention.head_start_until=0.8"]
+SWAPPED += ["grad_routing.intervention.head_start_measure=swapped_reward"]
 
 
 def test_a_head_start_until_the_quarantine_alone_is_rewarded_needs_that_validation(folder: Path) -> None:
