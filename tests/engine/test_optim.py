@@ -88,7 +88,9 @@ def test_a_mean_over_a_blocks_own_part(mean_over, world, reference, inputs):
         block: sum(size for size, row in zip(sizes, inputs.rollouts, strict=True) if row.route in routes)
         for block, routes in (("deployed", (0, 1)), ("quarantine", (1, 2)))
     }
-    factors = {block: sum(sizes) / count for block, count in own.items()}
+    # verl's means over rollouts divide by the mini-batch's nominal number, the rollout without a token included
+    whole = sum(sizes) if mean_over == "own_tokens" else len(inputs.rollouts)
+    factors = {block: whole / count for block, count in own.items()}
     assert min(factors.values()) > 1.1
     found = world["optim"][mean_over.replace("_", " ")]
     check_moments(found["states"][1], reference().gradients(inputs.rollouts), factors, dict.fromkeys(ADAPTERS, BETAS))

@@ -71,7 +71,6 @@ _TABLE: dict[str, dict[str, str | None]] = {
     },
     "verl.experimental.agent_loop.agent_loop": {
         "register": "agent_name",
-        "AgentLoopWorker._run_agent_loop": "self sampling_params trajectory agent_name trace **kwargs",
     },
     "verl.experimental.agent_loop.single_turn_agent_loop": {
         "SingleTurnAgentLoop.run": "self sampling_params priority **kwargs",

@@ -159,7 +159,8 @@ def warm_up(settings: WarmUp, to: Path) -> Basis:
 
 def train_sft(name: str, settings: WarmUp, folder: Path) -> None:
     """Train as ``settings`` say; the last step is ``folder/global_step_N``. Raises ``UserError`` as ``run_sft``."""
-    load_tokenizer(settings.model, settings.chat)  # refuses a switch that the template does not read
+    if settings.chat:
+        load_tokenizer(settings.model, settings.chat)  # refuses a switch that the template does not read
     run_sft(name, settings.arguments(folder), settings.ranks, settings.limit_s, folder)
 
 

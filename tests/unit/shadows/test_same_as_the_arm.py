@@ -92,6 +92,7 @@ def test_a_validation_of_the_quarantine_ends_its_head_start_too(monkeypatch: pyt
     head_start = {"head_start_steps": 9, "head_start_until": 0.5, "head_start_measure": "swapped_reward"}
     driver = with_itself({"name": "route", **head_start}, validate_swapped=True)
     driver._exported = lambda *_: nullcontext()
+    driver.config.trainer = {"test_freq": 1}
     monkeypatch.setattr(Confessing, "_validate", lambda _: {"val-core/task/reward/mean@1": 0.7})
     driver._validate()
     both = driver.intervention, driver.shadows[0].methods.intervention

@@ -89,7 +89,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch):
         made.tokenizer, made.ref_in_actor, made.use_reference_policy = Tokenizer(), True, True
         actor = SimpleNamespace(ppo_micro_batch_size_per_gpu=2, ppo_max_token_len_per_gpu=77)
         rollout = SimpleNamespace(log_prob_use_dynamic_bsz=False, log_prob_micro_batch_size_per_gpu=5)
-        made.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(actor=actor, rollout=rollout))
+        made.config = SimpleNamespace(actor_rollout_ref=SimpleNamespace(actor=actor, rollout=rollout), data={})
         made._load_checkpoint()
         return made
 

@@ -208,7 +208,8 @@ BAD = {
         [
             "grad_routing.blocks.optim.mean_over=own_tokens",
             "actor_rollout_ref.actor.loss_agg_mode=token-mean",
-            "grad_routing.confessions.mode=sealed",
+            "grad_routing.confessions.share=0.5",
+            "grad_routing.confessions.judge=judges:one",
         ],
         "grad_routing.blocks.optim.mean_over",
         "answers and confessions are averaged apart",
