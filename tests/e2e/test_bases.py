@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.answers import (
-    assert_same_answers,
-    assert_same_log_probs,
-    from_vllm,
-    load,
-    prompts_of,
-    samples_of,
-)
+from tests.e2e.answers import assert_same_answers, assert_same_log_probs, from_vllm, load, prompts_of, samples_of
 from tests.e2e.conftest import SMALL, Train
 from verl_grad_routing.commands.contrast import make_contrast
 from verl_grad_routing.compare.runs import Run

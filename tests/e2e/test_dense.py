@@ -9,14 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.answers import (
-    assert_same_answers,
-    assert_same_log_probs,
-    from_vllm,
-    load,
-    prompts_of,
-    samples_of,
-)
+from tests.e2e.answers import assert_same_answers, assert_same_log_probs, from_vllm, load, prompts_of, samples_of
 from tests.e2e.conftest import SMALL, Train
 from verl_grad_routing.compare.runs import Run
 from verl_grad_routing.deploy import export

@@ -14,21 +14,28 @@ from verl_grad_routing.routing import save_contrast
 
 STEPS = 3
 OWN_GROUPS = ("routing/", "intervention/", "actor/")
-# a metric that says its signal was read, and what its log says of the blocks or a metric that its own setting gives
+# and a metric that says its signal was read
 PRESETS = {
-    "random": ("detector/score_std", "blocks: init random_orthogonal, "),
-    "coinflip": ("gate/history_size", "blocks: init random_orthogonal, "),
-    "random_grad": ("timing_s/gradient_scores", "blocks: init random_orthogonal, "),
-    "pissa": ("detector/pair_gap", "blocks: init pissa_split, "),
-    "corda": ("detector/pair_gap", "blocks: init corda, "),
-    "scorda_rev": ("routing/update_share/quarantine", "blocks: init scorda_rev, "),
-    "antipasto": ("detector/pair_gap", "form antipasto, "),
-    "labels_partial": ("detector/recall", "blocks: init random_orthogonal, "),
-    "strict": ("detector/recall", "blocks: init random_orthogonal, "),
-    "retain_pass": ("quarantine_off/log_prob_diff_max", "blocks: init random_orthogonal, "),
-    "head_start": ("intervention/head_start", "blocks: init random_orthogonal, "),
-    "head_start_freeze": ("intervention/head_start", "blocks: init random_orthogonal, "),
-    "monitor_route": ("detector/recall", "blocks: init random_orthogonal, "),
+    "random": "detector/score_std",
+    "coinflip": "gate/history_size",
+    "random_grad": "timing_s/gradient_scores",
+    "pissa": "detector/pair_gap",
+    "corda": "detector/pair_gap",
+    "scorda_rev": "routing/update_share/quarantine",
+    "antipasto": "detector/pair_gap",
+    "labels_partial": "detector/recall",
+    "strict": "detector/recall",
+    "retain_pass": "quarantine_off/log_prob_diff_max",
+    "head_start": "intervention/head_start",
+    "head_start_freeze": "intervention/head_start",
+    "monitor_route": "detector/recall",
+}
+# what the log says of the blocks, where that is not the default
+BLOCKS = {
+    "pissa": "blocks: init pissa_split, ",
+    "corda": "blocks: init corda, ",
+    "scorda_rev": "blocks: init scorda_rev, ",
+    "antipasto": "form antipasto, ",
 }
 # the others, by the file whose runs train them
 ELSEWHERE = {
@@ -67,9 +74,8 @@ def test_preset(preset: str, train: Train, contrast: Path) -> None:
         assert all(math.isfinite(value) for value in values), (key, values)
     shares = [run.curve(f"routing/share_{route}").values.tolist() for route in ("keep", "absorb", "route")]
     assert [sum(step) for step in zip(*shares, strict=True)] == pytest.approx([1.0] * STEPS)
-    metric, said = PRESETS[preset]
-    assert metric in run.keys, sorted(run.keys)
-    assert said in (run.folder / "log.txt").read_text()
+    assert PRESETS[preset] in run.keys, sorted(run.keys)
+    assert BLOCKS.get(preset, "blocks: init random_orthogonal, ") in (run.folder / "log.txt").read_text()
     if preset == "strict":  # every token trains one block: an unflagged rollout's the deployed one alone
         masses = (run.curve(f"routing/mass_{block}").values for block in ("deployed", "quarantine"))
         tokens = 32 * run.curve("response_length/mean").values

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,14 +58,17 @@ def test_the_agent_loop_adds_the_seed_and_nothing_else() -> None:
     assert given == {"temperature": 1.0}  # shared by all rollouts of a batch
 
 
-def test_verl_finds_it_by_name_and_runs_on_our_environments_take_it() -> None:
+def test_verl_finds_it_by_name_in_a_process_that_imports_nothing_of_ours() -> None:
+    code = "from verl.experimental.agent_loop.agent_loop import _agent_loop_registry as known; print(known)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=True)
+    assert "verl_grad_routing.training.request_seeds.SeededSingleTurn" in done.stdout
+
+
+def test_runs_on_our_environments_take_it() -> None:
     from hydra import compose, initialize_config_module
-    from verl.experimental.agent_loop.agent_loop import _agent_loop_registry
 
-    from verl_grad_routing.training.request_seeds import NAME, SeededSingleTurn
+    from verl_grad_routing.training.request_seeds import NAME
 
-    target = f"{SeededSingleTurn.__module__}.{SeededSingleTurn.__qualname__}"
-    assert _agent_loop_registry[NAME] == {"_target_": target}
     with initialize_config_module("verl.trainer.config", version_base=None):
         seeded = compose("ppo_trainer", ["+grad_routing/seeds=one"])
         assert seeded.actor_rollout_ref.rollout.agent.default_agent_loop == NAME
