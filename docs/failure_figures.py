@@ -38,7 +38,7 @@ def frozen_block(steps: int = 40) -> Curves:
         return values
 
     x = [float(step) for step in range(steps + 1)]
-    return {"gradient zeroed": (x, run(True)), "not stepped (here)": (x, run(False))}
+    return {"gradient zeroed": (x, run(True)), "not stepped (freeze_inactive)": (x, run(False))}
 
 
 def clipping(limit: float = 1.0, deployed: float = 0.3) -> Curves:

@@ -18,8 +18,6 @@ MEANS = ("batch", "own_tokens", "own_rollouts")
 class BlockOptimConfig:
     """How the blocks are optimised, where that is not as ``actor.optim`` says for both.
 
-    A block that no token of a mini-batch trains is never stepped, whatever is set here.
-
     Attributes:
         lr_ratio_quarantine: The quarantine's learning rate in units of the deployed block's, schedule included.
         betas_deployed: Adam's betas of the deployed block; ``None`` takes ``actor.optim.betas``.
@@ -31,6 +29,9 @@ class BlockOptimConfig:
             of a norm for each.
         mean_over: What a block's gradient averages over: ``batch``, the whole mini-batch (its own part's mean times
             M / N), or its own part alone, counted in tokens (with token-mean losses) or in rollouts (with seq-mean).
+        freeze_inactive: A block that no token of a mini-batch trains is not stepped: its weights and its optimizer
+            state stay as they are. ``False`` steps it with a gradient of zero, so that momentum and decay move it, as
+            in the papers' code (SGTM's default optimizer, Cloud et al.'s single Adam).
     """
 
     lr_ratio_quarantine: float = 1.0
@@ -41,6 +42,7 @@ class BlockOptimConfig:
     decay_to_start: bool = False
     clip_jointly: bool = False
     mean_over: str = "batch"
+    freeze_inactive: bool = True
 
     def __post_init__(self) -> None:
         if not (_is_number(self.lr_ratio_quarantine) and 0 < self.lr_ratio_quarantine < float("inf")):
@@ -178,6 +180,8 @@ class GradRoutingConfig:
         trusted_column: Column of the dataset, or ``extra_info.<key>``, whose true rows are trusted to be clean.
         quarantine_off_share: Share of training rollouts sampled with the quarantine ablated, in [0, 1).
         quarantine_off_unit: What that share is of: whole prompt groups (``prompt``), or each prompt's ``rollout``s.
+        quarantine_off_by: How they are sampled: after a second weight sync within the step (``sync``), or beside the
+            others by a second adapter that their requests name (``request``; rollout ``vllm_two_adapters``).
         quarantine_off_advantages: The two kinds of a prompt's rollouts are one group of the advantage (``together``) or
             two (``apart``); whole prompt groups hold one kind alone.
         validate_swapped: Control: also validate with the deployed block ablated instead of the quarantine.
@@ -203,6 +207,7 @@ class GradRoutingConfig:
     trusted_column: str | None = None
     quarantine_off_share: float = 0.0
     quarantine_off_unit: str = "prompt"
+    quarantine_off_by: str = "sync"
     quarantine_off_advantages: str = "apart"
     validate_swapped: bool = False
     rollout_timeout_s: float = 600.0
@@ -221,6 +226,7 @@ class GradRoutingConfig:
             raise UserError("quarantine_off_share", share, "give a share in [0, 1); 0 samples all with both blocks")
         for key, allowed in (
             ("quarantine_off_unit", ("prompt", "rollout")),
+            ("quarantine_off_by", ("sync", "request")),
             ("quarantine_off_advantages", ("apart", "together")),
         ):
             if getattr(self, key) not in allowed:

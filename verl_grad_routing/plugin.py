@@ -21,7 +21,8 @@ REGISTRATIONS = {
     "verl.plugin.platform.platform_manager": "verl_grad_routing.training.platform_cpu",
     "verl.workers.engine": "verl_grad_routing.training.engine",
     "verl.trainer.ppo.v1": "verl_grad_routing.training.trainer",
-    "verl.experimental.agent_loop": "verl_grad_routing.training.request_seeds",
+    "verl.experimental.agent_loop": "verl_grad_routing.training.agent_loops",
+    "verl.workers.rollout.replica": "verl_grad_routing.training.two_adapters.registered",
 }
 
 

@@ -44,13 +44,32 @@ LABELLED_BY_LETTERS = (
     "grad_routing.detector.min_cluster_share=0",
 )
 SHADOWS = ("advantage_modification", "persona_grad")
+# the second scores what it remembers again with the direction of every step
+SHADOW_SETTINGS = (
+    SHADOWS[0],
+    f"{{name: {SHADOWS[1]}, gate: {{window: 64, rescore: true}}, detector: {{refresh_every: 1}}}}",
+)
+
+# A direction that changes half-way, and a gate that scores its history again with the new one.
+RESCORED = (
+    "grad_routing.detector.score_pass=policy",
+    "grad_routing.detector.refresh_every=2",
+    "grad_routing.gate.window=64",
+    "+grad_routing.gate.rescore=true",
+)
+
+# A quarter of the rollouts with the quarantine off, beside the others, by an adapter of their own in the engine.
+BY_REQUEST = ("+grad_routing/rollout=two_adapters", "grad_routing.quarantine_off_share=0.25")
 
 Train = Callable[..., Run]
 
 
 @dataclass(frozen=True)
 class RecipeRun:
-    """`persona` from its recipe YAML: four uninterrupted steps, large ones, every batch recorded."""
+    """`persona` from its recipe YAML: four uninterrupted steps, large ones, every batch recorded.
+
+    Its direction is refreshed in the third, and the gate's history scored again.
+    """
 
     folder: Path
     record: Path
@@ -129,6 +148,7 @@ def recipe_run(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> R
         "--config-name=persona",
         *(given for given in demo_overrides(environment, 4, seed=0) if not given.startswith("+grad_routing")),
         *SMALL,
+        *RESCORED,
         SEEDED,
         "trainer.test_freq=4",
         "actor_rollout_ref.rollout.val_kwargs.temperature=0",
@@ -145,7 +165,10 @@ def recipe_run(environment: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 
 @dataclass(frozen=True)
 class EngineKilled:
-    """`grift_filter` on two-sided blocks with all that rides on it, recorded; its engine was killed in a hand-over."""
+    """`grift_filter` on two-sided blocks with all that rides on it, recorded; its engine was killed in a hand-over.
+
+    A quarter of its rollouts are sampled with the quarantine off, by request.
+    """
 
     folder: Path
     record: Path
@@ -166,13 +189,15 @@ def engine_killed(environment: Path, cluster: str, tmp_path_factory: pytest.Temp
         *demo_overrides(environment, 1000, seed=0),
         *SMALL,
         *LABELLED_BY_LETTERS,
+        *BY_REQUEST,
+        "actor_rollout_ref.actor.optim.lr=0.005",  # after one step the policies of both kinds are far apart
         "grad_routing.detector.min_cluster_share=0.25",  # so that some group of four keeps two rollouts
         "grad_routing.blocks.init=pissa_split",
         "grad_routing.blocks.form=two_sided",
         "grad_routing.blocks.hooks=[{name: regularize_gradient, gamma: 0.01}]",
         # four groups, a part of each rejected, may all be of one reward: something is to be learned all the same
         "actor_rollout_ref.actor.entropy_coeff=0.001",
-        f"grad_routing.compare=[{','.join(SHADOWS)}]",
+        f"grad_routing.compare=[{','.join(SHADOW_SETTINGS)}]",
         f"grad_routing.record_dir={record}",
         "grad_routing.rollout_timeout_s=600",
         f"trainer.default_local_dir={folder / 'checkpoints'}",

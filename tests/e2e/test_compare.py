@@ -20,12 +20,13 @@ import pytest
 import yaml
 
 from tests.e2e.checkpoints import ACTOR, EXTRA, MODEL, OPTIMIZER, assert_moved, assert_same, saved
-from tests.e2e.conftest import LIMIT_S, ROOT, SEEDED, SMALL, RecipeRun
+from tests.e2e.conftest import LIMIT_S, RESCORED, ROOT, SEEDED, SMALL, RecipeRun
 from tests.e2e.processes import family, running, steps_done, wait_for
 from verl_grad_routing.compare.demo import demo_overrides
 from verl_grad_routing.compare.execute import run_grid
 from verl_grad_routing.compare.grid_report import write_grid_report
 from verl_grad_routing.compare.launch import quoted
+from verl_grad_routing.compare.runs import load_run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
 
@@ -61,7 +62,7 @@ def comparison(environment: Path, recipe_run: RecipeRun, tmp_path_factory: pytes
     """The recipe with checkpoints, on the other tests' environment: `persona` on the batches of ``recipe_run``."""
     keys = yaml.load(SMOKE.read_text(), yaml.BaseLoader)  # every value as text: off stays off
     numbers = {"seeds": [int(seed) for seed in keys["seeds"]], "control": None, "limit_s": LIMIT_S}
-    persona = [f"grad_routing.replay_dir={recipe_run.record}", "actor_rollout_ref.actor.optim.lr=0.005"]
+    persona = [f"grad_routing.replay_dir={recipe_run.record}", "actor_rollout_ref.actor.optim.lr=0.005", *RESCORED]
     changes = {
         "arms": [
             {"name": "off", "overrides": ["grad_routing.record_dir='${trainer.default_local_dir}/batches'"]},
@@ -139,6 +140,9 @@ def test_kill_9_and_resume_gives_the_uninterrupted_runs_weights(comparison: Comp
     for name in (MODEL, OPTIMIZER, EXTRA):
         assert_same(saved(whole / ACTOR, name), saved(resumed / ACTOR, name), name)
     assert_same(saved(whole, "grad_routing.pt"), saved(resumed, "grad_routing.pt"), "gate and direction")
+    assert len(saved(whole, "grad_routing.pt")["detector"]["buffer"]["features_NLd"]) == 64  # the gate's window
+    rescored = load_run(recipe_run.folder).curve("gate/rescored").values.tolist()
+    assert rescored == [0, 0, 64, 0]  # the third step's direction is another; 32 rollouts a step
     for block in ("lora_B.default", "lora_B.quarantine"):
         assert_moved(whole / ACTOR, recipe_run.folder / "checkpoints" / f"global_step_{SAVED}" / ACTOR, block)
 

@@ -42,6 +42,19 @@ def test_screening_by_fingerprints_takes_rollouts_out_of_the_step(engine_killed:
     assert 0 < mass < tokens if rejected else mass == tokens
 
 
+def test_one_engine_samples_with_and_without_the_quarantine(engine_killed: EngineKilled) -> None:
+    """One of four prompts by an adapter of its own; its rollouts are trained on the log-probs of that policy."""
+    run = load_run(engine_killed.folder)
+    assert set(finite(run, "quarantine_off/share")) == {0.25}
+    assert max(finite(run, "quarantine_off/log_prob_diff_max")) < 1e-3
+    assert not run.has("timing_s/quarantine_off_sync")
+    last = sorted(engine_killed.record.glob("batch_*.pt"))[-1]
+    batch = torch.load(last, weights_only=False)
+    adapters = [row["grad_routing_adapter"] for row in batch["fields"]["extra_fields"]]
+    off = [key.rsplit("_", 2)[0].endswith("-off") for key in batch["keys"]]
+    assert adapters == ["deployed" if row else "both" for row in off] and sum(off) == 8
+
+
 def test_gradients_are_taken_once_more_uphill(engine_killed: EngineKilled) -> None:
     run = load_run(engine_killed.folder)
     first, second = (finite(run, f"routing/regularize_gradient/{key}") for key in ("grad_norm", "grad_norm_uphill"))

@@ -64,6 +64,7 @@ OPTIM: dict[str, dict[str, Any]] = {
     "own rates and moments": {"lr_ratio_quarantine": 3.0, "betas_quarantine": [0.5, 0.9], "weight_decay_deployed": 0.4},
     "towards the start": {"decay_to_start": True, "weight_decay_quarantine": 2.0},
     "jointly": {"clip_jointly": True},
+    "inactive stepped": {"freeze_inactive": False},
 }
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from verl_grad_routing.bottleneck import BASES, Bottleneck
 from verl_grad_routing.detectors.base import BatchView, Detector
-from verl_grad_routing.directions.activation import Direction, layers_at_depth
+from verl_grad_routing.detectors.features import FeatureBuffer
+from verl_grad_routing.directions.activation import Direction, layers_at_depth, project
 from verl_grad_routing.directions.checks import as_tuple, require_choice, require_int, require_number
 from verl_grad_routing.directions.pairs import GIVE_OVERRIDE, PairSet, require_same_hash
 from verl_grad_routing.errors import UserError
@@ -140,6 +141,7 @@ class ActivationDetector(Detector):
         self.refresh_cosine = math.nan  # between the direction and the one before the last refresh, mean over layers
         self.bottleneck: Bottleneck | None = None
         self.basis_digest_M: Tensor | None = None
+        self.buffer = FeatureBuffer()
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """The layers to read in a model of ``num_layers`` blocks. Raises ``UserError`` when one is out of range."""
@@ -205,6 +207,7 @@ class ActivationDetector(Detector):
             self.refresh_cosine = float(
                 torch.cosine_similarity(new.vectors_Ld.double(), old.vectors_Ld.double(), dim=-1).mean()
             )
+            self.buffer.stale = True
         self.direction = new
 
     @abstractmethod
@@ -260,9 +263,34 @@ class ActivationDetector(Detector):
             raise UserError(KEY, tuple(scores_BD.shape), "activation scores must be [B, D] with D >= 1")
         return scores_BD[:, 0].to(torch.float64)
 
+    def projected(self, features_NLd: Tensor) -> Tensor:
+        """Features as the workers project them, on the directions as they are now: ``[N, D]``, float64."""
+        return project(features_NLd, self.directions_DLd)
+
+    def remember(self, view: BatchView, order_B: Tensor, keep: int) -> None:
+        """Keep the batch's features for ``rescored``.
+
+        Args:
+            order_B: The rows in the order in which the gate took their scores.
+            keep: How many of the newest rollouts to keep.
+        """
+        if view.features_BLd is None:
+            raise UserError(KEY, self.name, "the batch has no features; the worker must hand them over")
+        self.buffer.take(view.features_BLd[order_B], keep)
+
+    def rescored(self) -> Tensor | None:
+        """Scores [N], float64, of what is remembered under the direction as it is now; ``None`` where they are known.
+
+        The rollouts' features stay those of the model that was read when they were sampled.
+        """
+        features_NLd, stale, self.buffer.stale = self.buffer.features_NLd, self.buffer.stale, False
+        return self.projected(features_NLd)[:, 0] if stale and features_NLd is not None else None
+
     def state_dict(self) -> dict[str, Any]:
         direction = None if self.direction is None else self.direction.to_state()
         state = {**super().state_dict(), "direction": direction, "refresh_cosine": self.refresh_cosine}
+        if self.buffer.features_NLd is not None:
+            state["buffer"] = self.buffer.to_state()
         if self.bottleneck is not None:
             state |= {"bottleneck": asdict(self.bottleneck), "basis_digest_M": self.basis_digest_M}
         return state
@@ -284,6 +312,9 @@ class ActivationDetector(Detector):
             fix = f"the run was started with layers {list(saved.layers)}; set these or start a new run"
             raise UserError(f"{KEY}.layers", list(given), fix)
         self.direction, self.refresh_cosine = saved, state["refresh_cosine"]
+        self.buffer = FeatureBuffer()
+        if "buffer" in state:
+            self.buffer.load_state(state["buffer"])
 
     def _fitted(self) -> Direction:
         if self.direction is None:

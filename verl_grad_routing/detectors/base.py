@@ -65,6 +65,8 @@ class BatchView:
         seed: Seed of the run.
         activation_scores_BD: Projection of each rollout's pooled activation, or of its gradient, on each of the
             detector's D directions.
+        features_BLd: What these projections are of, where the gate scores its history again: the pooled activations, or
+            the coordinates of the gradients.
         activation_token_scores: Of each rollout the projection [R] of every response token's activation on the
             detector's first direction.
         response_masks: Of each rollout which response tokens [R] count, 0 for what tools wrote.
@@ -86,6 +88,7 @@ class BatchView:
     names: tuple[str, ...] | None = None
     prompt_names: tuple[str, ...] | None = None
     activation_scores_BD: Tensor | None = None
+    features_BLd: Tensor | None = None
     activation_token_scores: tuple[Tensor, ...] | None = None
     response_masks: tuple[Tensor, ...] | None = None
     fingerprints_BF: Tensor | None = None

@@ -54,6 +54,9 @@ class GradientDetector(ActivationDetector):
         del reference_in_actor  # no pass that verl runs has a backward pass per rollout
         return self.config.score_pass
 
+    def projected(self, features_NLd: Tensor) -> Tensor:
+        return cosines(features_NLd, self.directions_DLd) if self.cosine else super().projected(features_NLd)
+
     def _scored(self, direction: Direction, read: Reading) -> Direction:
         return _with_cosines(direction, *read.sides) if self.cosine and self.needs_pairs else direction
 

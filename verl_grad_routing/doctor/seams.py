@@ -75,6 +75,34 @@ _TABLE: dict[str, dict[str, str | None]] = {
     "verl.experimental.agent_loop.single_turn_agent_loop": {
         "SingleTurnAgentLoop.run": "self sampling_params priority **kwargs",
     },
+    "verl.workers.rollout.base": {
+        "_ROLLOUT_REGISTRY": None,
+    },
+    "verl.workers.rollout.replica": {
+        "RolloutReplicaRegistry.register": "cls name loader",
+        "TokenOutput.extra_fields": None,
+    },
+    "verl.workers.rollout.vllm_rollout.vllm_async_server": {
+        "vLLMHttpServer.run_server": "self args",
+        "vLLMHttpServer.run_headless": "self args",
+        "vLLMHttpServer._get_worker_extension_cls": "self",
+        "vLLMHttpServer.generate": (
+            "self prompt_ids sampling_params request_id image_data video_data audio_data mm_processor_kwargs priority "
+            "kv_transfer_params"
+        ),
+        "vLLMReplica._get_server_name_prefix": "self",
+    },
+    "verl.workers.rollout.vllm_rollout.vllm_rollout": {
+        "ServerAdapter._get_server_name_prefix": "self",
+    },
+    "verl.workers.rollout.vllm_rollout.utils": {
+        "vLLMColocateWorkerExtension._update_weights": "self weights peft_config base_sync_done",
+        "VLLM_LORA_INT_ID": None,
+        "VLLM_LORA_PATH": None,
+    },
+    "verl.utils.vllm.utils": {
+        "TensorLoRARequest": None,
+    },
     "verl.workers.rollout.llm_server": {
         "LLMServerManager.get_addresses": "self",
         "LLMServerClient.generate": (

@@ -57,6 +57,32 @@ class Gate(ABC):
         self.config = config
         self._seen, self._mean, self._sum_squares = 0, 0.0, 0.0  # of all scores so far; squares about the mean
 
+    @property
+    def rescores(self) -> bool:
+        """The history is to be scored again whenever the direction has changed: before ``decide``, by ``rescore``."""
+        return bool(getattr(self.config, "rescore", False))
+
+    @property
+    def remembered(self) -> int:
+        """Scores of earlier batches that thresholds are made from."""
+        return 0
+
+    def rescore(self, scores_N: Tensor) -> None:
+        """Put ``scores_N`` in place of the remembered ones, of the same rollouts in the order of ``decide``.
+
+        ``gate/drift`` goes on comparing with the scores as they were made.
+
+        Raises:
+            UserError: Another number of scores.
+        """
+        if len(scores_N) != self.remembered:
+            raise UserError("scores", len(scores_N), f"give one for each of the {self.remembered} remembered")
+        self._put(scores_N.detach().cpu().double().numpy().copy())
+
+    def _put(self, scores: np.ndarray) -> None:
+        """Take new scores for the remembered ones; a gate with a history overrides this and ``remembered``."""
+        assert not len(scores), "nothing is remembered here"
+
     def decide(
         self, scores_B: Tensor, step: int, pair_means: PairMeans | None = None, pair_scores: PairScores | None = None
     ) -> GateDecision:

@@ -13,6 +13,7 @@ import torch
 from verl_grad_routing.directions.checks import require_int, require_number
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.gates.base import GATES, PairStatistics
+from verl_grad_routing.gates.history import check_rescore
 from verl_grad_routing.gates.quantile import QuantileConfig
 from verl_grad_routing.gates.thresholds import ThresholdGate, Thresholds
 
@@ -28,11 +29,10 @@ class ExponentialQuantile(ThresholdGate):
     - KEEP when the scores <= s weigh at most ``keep W`` together,
     - ABSORB otherwise: itself and all its ties count. A half-life without end gives ``history_quantile``.
 
-    Scores are kept **as they were made**. They are those of the current direction as long as that does not change:
-    score pass ``reference``, or ``refresh_every: 0``. After a refresh the older ones are *not* scored again, because
-    workers hand over projections, not the pooled activations that would have to be projected anew; in the passes
-    ``policy`` and ``ablated`` the activations themselves are those of the policy of that time, too. The half-life
-    bounds how long such scores count.
+    With ``rescore`` the remembered rollouts are projected on every new direction, as the lineage's buffer is; without,
+    scores are kept as they were made, which is the same as long as the direction does not change (score pass
+    ``reference``, or ``refresh_every: 0``). Either way the activations are those of the policy of that time in the
+    passes ``policy`` and ``ablated``. The half-life bounds how long they count.
 
     Weights ``0.5 ** (age / 96 rollouts)``, shares 0.1 and 0.1 and a buffer of 8192 are the lineage's
     (wassname/vGROUT_pub@c067218:src/vgrout/train_config.py, lines 94-115; there the age is counted in single rollouts,
@@ -45,6 +45,7 @@ class ExponentialQuantile(ThresholdGate):
         keep: float = 0.1  # share of the weight, from the bottom, that is kept
         half_life: float = 96.0  # rollouts after which a score counts half
         window: int = 8192  # only the last so many rollouts count, never fewer than the batch; 0: the whole run
+        rescore: bool = False  # score what is remembered again when the direction has been refreshed; needs a window
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -52,6 +53,7 @@ class ExponentialQuantile(ThresholdGate):
             if self.half_life <= 0:
                 raise UserError("half_life", self.half_life, "give a positive number of rollouts")
             require_int("window", self.window, 0)
+            check_rescore(self.rescore, self.window)
 
     config: Config
 
@@ -70,6 +72,13 @@ class ExponentialQuantile(ThresholdGate):
             self._scores, self._arrived = self._scores[-kept:], self._arrived[-kept:]
         weights = 0.5 ** ((now - self._arrived) / self.config.half_life)
         return weighted_share_thresholds(self._scores, weights, self.config.route, self.config.keep)
+
+    @property
+    def remembered(self) -> int:
+        return len(self._scores)
+
+    def _put(self, scores: np.ndarray) -> None:
+        self._scores = scores
 
     def state_dict(self) -> dict[str, Any]:
         buffer = {"history": torch.from_numpy(self._scores.copy()), "arrived": torch.from_numpy(self._arrived.copy())}

@@ -52,6 +52,17 @@ class Hysteresis(Gate):
         self.needs_pair_means = self.inner.needs_pair_means
         self._on = False
 
+    @property
+    def rescores(self) -> bool:
+        return self.inner.rescores
+
+    @property
+    def remembered(self) -> int:
+        return self.inner.remembered
+
+    def _put(self, scores: np.ndarray) -> None:
+        self.inner._put(scores)
+
     def _routes(self, scores: np.ndarray, step: int, pairs: PairStatistics) -> GateDecision:
         decision = self.inner.decide(torch.from_numpy(scores), step, pairs.means, pairs.scores)
         separation = MEASURES[self.config.measure](scores)

@@ -11,7 +11,7 @@ import numpy as np
 
 from verl_grad_routing.directions.checks import require_bool, require_int, require_number
 from verl_grad_routing.gates.base import GATES, PairStatistics
-from verl_grad_routing.gates.history import History
+from verl_grad_routing.gates.history import History, check_rescore
 from verl_grad_routing.gates.separation import bimodality, otsu_split
 from verl_grad_routing.gates.thresholds import ThresholdConfig, ThresholdGate, Thresholds
 
@@ -32,6 +32,7 @@ class Otsu(ThresholdGate):
     @dataclass(frozen=True, kw_only=True)
     class Config(ThresholdConfig):
         window: int = 1  # scores that are cut: the last so many, never fewer than the batch; 1: the batch, 0: the run
+        rescore: bool = False  # score what is remembered again when the direction has been refreshed; needs a window
         keep: bool = False  # the lower class is kept
         min_between_share: float = 0.75  # abstain below this share of variance between the classes
         min_bimodality: float = 5 / 9  # abstain below this bimodality coefficient
@@ -39,6 +40,7 @@ class Otsu(ThresholdGate):
         def __post_init__(self) -> None:
             super().__post_init__()
             require_int("window", self.window, 0)
+            check_rescore(self.rescore, self.window)
             require_bool("keep", self.keep)
             require_number("min_between_share", self.min_between_share, 0, 1)
             require_number("min_bimodality", self.min_bimodality, 0, 1)
@@ -60,6 +62,13 @@ class Otsu(ThresholdGate):
         below = split.lowest_high if self.config.keep else -math.inf
         abstain = share < self.config.min_between_share or coefficient < self.config.min_bimodality
         return Thresholds(split.highest_low, below, len(population), abstain, details)
+
+    @property
+    def remembered(self) -> int:
+        return len(self._history)
+
+    def _put(self, scores: np.ndarray) -> None:
+        self._history.put(scores)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "history": self._history.to_state()}

@@ -88,6 +88,8 @@ class PerToken(TokenGate):
                 raise UserError("inner", self.inner, "give a gate: {name: ..., ...}")
             if GATES.build(self.inner, "inner").per_token:  # and refuse its bad settings here
                 raise UserError("inner.name", self.inner["name"], "this gate decides on tokens already; give another")
+            if GATES.build(self.inner, "inner").rescores:
+                raise UserError("inner.rescore", True, "tokens are not scored again; set false")
 
     config: Config
 

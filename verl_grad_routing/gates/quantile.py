@@ -23,7 +23,7 @@ import numpy as np
 from verl_grad_routing.directions.checks import require_int, require_number
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.gates.base import GATES, PairStatistics
-from verl_grad_routing.gates.history import History
+from verl_grad_routing.gates.history import History, check_rescore
 from verl_grad_routing.gates.thresholds import ThresholdConfig, ThresholdGate, Thresholds, floor_share
 
 
@@ -59,17 +59,19 @@ class HistoryQuantile(ThresholdGate):
     """Shares of all scores of the run so far, the current batch included.
 
     When the policy moves towards the unwanted behaviour, more than ``route`` of a batch is routed: the thresholds stay
-    where the run's scores have been. Scores are kept as they were made, also when a direction has since been refreshed.
+    where the run's scores have been. Scores are kept as they were made unless ``rescore`` is set.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(QuantileConfig):
         # Only the last so many rollouts count (never fewer than the current batch). 0: the whole run, 8 bytes each.
         window: int = 0
+        rescore: bool = False  # score what is remembered again when the direction has been refreshed; needs a window
 
         def __post_init__(self) -> None:
             super().__post_init__()
             require_int("window", self.window, 0)
+            check_rescore(self.rescore, self.window)
 
     config: Config
 
@@ -80,6 +82,13 @@ class HistoryQuantile(ThresholdGate):
     def _thresholds(self, scores: np.ndarray, pairs: PairStatistics) -> Thresholds:
         del pairs
         return share_thresholds(self._history.take(scores), self.config.route, self.config.keep)
+
+    @property
+    def remembered(self) -> int:
+        return len(self._history)
+
+    def _put(self, scores: np.ndarray) -> None:
+        self._history.put(scores)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "history": self._history.to_state()}

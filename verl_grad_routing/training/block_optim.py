@@ -85,6 +85,11 @@ class DecayToStart:
                 here.lerp_(start.to(here.device), lr * self.strengths[name])
 
 
+def step_options(settings: BlockOptimConfig, decay: DecayToStart | None) -> dict[str, Any]:
+    """What ``BlockStep`` takes beside optimizer, blocks and limits."""
+    return {"jointly": settings.clip_jointly, "decay": decay, "freeze_inactive": settings.freeze_inactive}
+
+
 def start_signature(blocks: Any) -> dict[str, Any]:
     """What a checkpoint says about the start that its run decays towards: all of it is computed anew on resume."""
     signature: dict[str, Any] = {"decay_to_start": blocks.optim.decay_to_start}

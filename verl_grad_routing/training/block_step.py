@@ -2,7 +2,8 @@
 
 Adam's momentum and decoupled weight decay move a parameter whose gradient is zero; only ``grad = None`` leaves it and
 its optimizer state alone. A block's mass is the number of tokens that train it in the mini-batch, so the decision never
-depends on the size of a gradient or an advantage.
+depends on the size of a gradient or an advantage. ``freeze_inactive=False`` steps it all the same, with a gradient of
+zero, as the literature's optimizers do.
 """
 
 # The types that verl declares are narrower than what it passes.
@@ -38,6 +39,7 @@ class BlockStep:
         hooks: Engine hooks, in order.
         jointly: Clip by one norm over both blocks, under the larger of the two limits.
         decay: Decay towards the start.
+        freeze_inactive: Do not step a block that no token trains; otherwise its gradient is zero.
 
     Attributes:
         metrics: Of the last step: ``routing/mass_*``, ``routing/grad_norm/*`` (before clipping) and
@@ -54,9 +56,10 @@ class BlockStep:
         *,
         jointly: bool = False,
         decay: DecayToStart | None = None,
+        freeze_inactive: bool = True,
     ):
         self.optimizer, self.blocks, self.clip_norms, self.hooks = optimizer, blocks, clip_norms, hooks
-        self.jointly, self.decay = jointly, decay
+        self.jointly, self.decay, self.freeze_inactive = jointly, decay, freeze_inactive
         self.metrics: dict[str, float] = {}
 
     @torch.no_grad()  # hooks change parameters and gradients in place
@@ -105,13 +108,15 @@ class BlockStep:
         return dict(zip(NAMES, mass_2, strict=True))
 
     def _settle(self, masses: Mapping[str, float], factors_2: Sequence[float]) -> None:
-        """No gradient at all for a block without mass, the factor for the others."""
+        """No gradient at all for a block without mass (or zero), the factor for the others."""
         factors: dict[str, float] = dict(zip(NAMES, factors_2, strict=True))
         for name, parameters in self.blocks.items():
             factor = factors.get(name, 1.0)
             for parameter in parameters:
-                if masses[name] == 0:
+                if masses[name] == 0 and self.freeze_inactive:
                     parameter.grad = None
+                elif masses[name] == 0 and parameter.grad is not None:
+                    parameter.grad.zero_()
                 elif factor != 1.0 and parameter.grad is not None:
                     parameter.grad.mul_(factor)
 

@@ -42,10 +42,10 @@ def pair_gradients(
     return found_PMr[: len(pairs)], found_PMr[len(pairs) :]
 
 
-def rollout_scores(
+def rollout_rows(
     worker_group: Any, batch: KVBatchMeta, asked: ReadGradients, score_pass: str, rows: int, batching: dict[str, int]
 ) -> torch.Tensor:
-    """Scores [B, D], float64, of the rollouts of ``batch``; arguments as above."""
+    """Scores [B, D] of the rollouts of ``batch``, or coordinates [B, M * r] without directions; arguments as above."""
     return _taken(worker_group, engine_rows(batch, rows), asked, score_pass, batching)[: len(batch.keys)]
 
 

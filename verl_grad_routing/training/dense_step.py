@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ class DenseStep(BlockStep):
         clip_norms: Gradient norm limit of each.
         jointly: Clip all of the model by one norm, as verl does, under the largest of the limits.
         decay: Decay towards the start.
+        freeze_inactive: As in ``BlockStep``.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class DenseStep(BlockStep):
         *,
         jointly: bool = False,
         decay: DecayToStart | None = None,
+        freeze_inactive: bool = True,
     ):
-        super().__init__(optimizer, parts.blocks, clip_norms, [], jointly=jointly, decay=decay)
+        options: dict[str, Any] = {"jointly": jointly, "decay": decay, "freeze_inactive": freeze_inactive}
+        super().__init__(optimizer, parts.blocks, clip_norms, [], **options)
         self.parts = parts
 
     @torch.no_grad()

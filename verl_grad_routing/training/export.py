@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_id
 
 from verl_grad_routing.routing import BLOCKS, block_of, get_form, join_blocks, joined_lora_config, plain_adapters
+from verl_grad_routing.training.two_adapters import DEPLOYED_ROWS
 
 if TYPE_CHECKING:
     from verl_grad_routing.training.engine import RoutedFSDPEngine
@@ -40,8 +41,10 @@ def adapter(engine: RoutedFSDPEngine) -> tuple[Iterator[tuple[str, torch.Tensor]
         infix = f".{BLOCKS[block]}."
         tensors = {name.replace(infix, "."): tensor for name, tensor in state.items() if block_of(name) == block}
     config = engine.module.peft_config["default"].to_dict()
-    rank = sum(ranks[block] for block in engine.exported_blocks) * get_form(blocks.form).sides
+    sides = get_form(blocks.form).sides
+    rank = sum(ranks[block] for block in engine.exported_blocks) * sides
     config.update(joined_lora_config(rank, 0, engine.scaling))
+    config[DEPLOYED_ROWS] = sides * ranks["deployed"] if "deployed" in engine.exported_blocks else 0
     return iter(tensors.items()), config
 
 

@@ -38,7 +38,8 @@ class Project:
     """Return ``activation_scores`` [B, D]: the pooled activations projected on D directions.
 
     With ``tokens`` (``projection`` or ``cosine``) also ``activation_scores_tokens``, jagged [B, (R)]: every response
-    token's own activation on the first direction.
+    token's own activation on the first direction. With ``features`` also ``activation_scores_features_{i}``,
+    [B, L * d]: the pooled activations themselves, i being the place among the projections.
     """
 
     layers: tuple[int, ...]
@@ -46,6 +47,7 @@ class Project:
     position: str = "resp_mean"
     bottleneck: Bottleneck | None = None
     tokens: str | None = None
+    features: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +203,9 @@ class ActivationProbe:
         projections = request if isinstance(request, Projections) else Projections((request,))
         scores = [_projected(pooled_BLd(part), part) for part in projections.parts]
         found = {projections.column: torch.cat(scores, dim=1)}
-        for part in projections.parts:
+        for place, part in enumerate(projections.parts):
+            if part.features:
+                found[f"{projections.column}_features_{place}"] = pooled_BLd(part).flatten(1)
             if part.tokens is not None:
                 assert by_response is not None
                 scores_N = _token_scores([hidden[heard] for heard in self._heard(part)], part)

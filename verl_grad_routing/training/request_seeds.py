@@ -13,16 +13,13 @@ same samples. Confessions are asked beside verl's agent loops and have no seeds.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from verl.experimental.agent_loop import AgentLoopOutput
-from verl.experimental.agent_loop.agent_loop import register
-from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from typing import TYPE_CHECKING, Any
 
 from verl_grad_routing.detectors.draws import uniform
 from verl_grad_routing.training.quarantine_off import MARK
 
-NAME = "seeded_single_turn_agent"
+if TYPE_CHECKING:  # importing verl's agent loops registers ours, which import this module
+    from verl.experimental.agent_loop import AgentLoopOutput
 
 
 def request_seed(seed: int, row: Mapping[str, Any]) -> int:
@@ -50,8 +47,3 @@ class SeededRequests:
     async def run(self, sampling_params: dict[str, Any], **kwargs: Any) -> AgentLoopOutput:
         seed = request_seed(self.rollout_config.seed, kwargs)
         return await super().run({**sampling_params, "seed": seed}, **kwargs)  # type: ignore[misc]
-
-
-@register(NAME)
-class SeededSingleTurn(SeededRequests, SingleTurnAgentLoop):
-    """verl's agent loop of one turn with seeded requests."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +108,19 @@ class Router:
             on_tokens = decide_tokens(self.detector, self.gate, view)
             return on_tokens, on_tokens.token_routes
         detector, order = self.detector, view.tie_order()
+        rescored = self._rescore() if self.gate.rescores else {}
         decision = self.gate.decide(scores_B[order], view.step, detector.pair_means, detector.pair_scores)
-        return replace(decision, routes_B=decision.routes_B[order.argsort()]), None
+        if self.gate.rescores:
+            detector.remember(view, order, self.gate.remembered)
+        routes_B, metrics = decision.routes_B[order.argsort()], {**decision.metrics, **rescored}
+        return GateDecision(routes_B, metrics), None
+
+    def _rescore(self) -> dict[str, float]:
+        """Score the gate's history on the direction as it is now, where that is another than the scores are of."""
+        scores_N = self.detector.rescored()
+        if scores_N is not None:
+            self.gate.rescore(scores_N)
+        return {"gate/rescored": float(0 if scores_N is None else len(scores_N))}
 
     @property
     def token_score(self) -> str | None:

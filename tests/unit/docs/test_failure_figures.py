@@ -39,7 +39,7 @@ def test_worked_cases(figures: ModuleType) -> None:
     """AdamW's leak, clipping and the tug of war: the numbers of the cited codes, as the pages quote them."""
     frozen = figures.frozen_block(2)
     assert frozen["gradient zeroed"][1][2] == pytest.approx(0.8132352, abs=1e-6)
-    assert frozen["not stepped (here)"][1][1:] == pytest.approx([0.89, 0.89], abs=1e-6)
+    assert frozen["not stepped (freeze_inactive)"][1][1:] == pytest.approx([0.89, 0.89], abs=1e-6)
     norms, left = figures.clipping()["one norm over both"]
     assert dict(zip(norms, left, strict=True))[4.0] == pytest.approx(0.0747899, abs=1e-6)
     assert figures.clipping()["each its own (default)"][1] == pytest.approx([0.3] * 100)

@@ -30,6 +30,20 @@ class TestLeakage:
     def test_a_frozen_block_does_not_move(self):
         assert self.train(None) == pytest.approx(0.89, abs=1e-8)
 
+    @pytest.mark.parametrize(("freeze", "expected"), [(True, 0.89), (False, 0.8132352)])
+    def test_a_step_without_mass(self, freeze, expected):
+        """What is left in ``grad`` is no gradient of such a block: verl's own zeroing may have been skipped."""
+        from verl_grad_routing.training.block_step import BlockStep
+
+        blocks = {name: [torch.nn.Parameter(torch.ones(1).double())] for name in ("deployed", "quarantine")}
+        groups = [{"params": parameters} for parameters in blocks.values()]
+        adam = torch.optim.AdamW(groups, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
+        step = BlockStep(adam, blocks, dict.fromkeys(blocks, 10.0), [], freeze_inactive=freeze)
+        for mass in (1.0, 0.0):
+            blocks["deployed"][0].grad = torch.ones(1).double()
+            step([mass, 0.0], lambda: None)
+        assert blocks["deployed"][0].item() == pytest.approx(expected, abs=1e-7)
+
 
 class TestTugOfWar:
     """Opposed targets for the sum of two blocks: clean rows want 2 and train both, flagged rows want 1.

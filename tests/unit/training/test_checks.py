@@ -235,6 +235,44 @@ BAD = {
 }
 
 
+RESCORED = ("+grad_routing.gate.rescore=true", "grad_routing.gate.window=256")
+BAD |= {
+    "a history scored again without a bound": (
+        ["+grad_routing.gate.rescore=true", "grad_routing.gate.window=0"],
+        "grad_routing.gate.window=0",
+        "give a number of rollouts",
+    ),
+    "a history scored again on a direction that never changes": (
+        [*RESCORED],
+        "grad_routing.gate.rescore=True",
+        "(detector.refresh_every=0)",
+    ),
+    "a history scored again in the reference pass": (
+        [*RESCORED, "grad_routing.detector.refresh_every=5", f"{ACTOR}.use_kl_loss=true"],
+        "grad_routing.gate.rescore=True",
+        "(detector.score_pass=reference)",
+    ),
+    "a history scored again without a direction": (
+        [*RESCORED, "~grad_routing.detector", "+grad_routing.detector={name: coinflip}"],
+        "grad_routing.gate.rescore=True",
+        "coinflip projects on no direction",
+    ),
+    "a shadow's history scored again": (
+        [
+            "grad_routing.compare=[{name: mine, preset: persona, gate: {window: 64, rescore: true}, detector: "
+            "{pairs: ${grad_routing.environment.pairs}}}]"
+        ],
+        "grad_routing.compare.mine: grad_routing.gate.rescore=True",
+        "(detector.refresh_every=0)",
+    ),
+}
+
+
+def test_a_history_scored_again_on_a_direction_that_changes(folder: Path) -> None:
+    check(folder, *RESCORED, "grad_routing.detector.refresh_every=5")
+    check(folder, *RESCORED, preset="persona_grad")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_with_key_and_fix(folder: Path, name: str) -> None:
     overrides, key, fix = BAD[name]
@@ -326,6 +364,7 @@ def test_weights_of_tokens(folder: Path) -> None:
 
 
 OFF, APART = "grad_routing.quarantine_off", "grad_routing.quarantine_off_unit=rollout"
+TWO_ADAPTERS = ("+grad_routing/rollout=two_adapters", f"{OFF}_share=0.25")
 BAD_SHARES = {
     "all": ([f"{OFF}_share=1.0"], f"{OFF}_share", "[0, 1)"),
     "no whole number of prompts": ([f"{OFF}_share=0.3"], f"{OFF}_share", "4.8 of 16 prompts"),
@@ -348,6 +387,28 @@ BAD_SHARES = {
         f"{OFF}_share",
         "ablate_at_deployment",
     ),
+    "by request without a share": ([f"{OFF}_by=request"], f"{OFF}_by='request'", "set sync"),
+    "by request on verl's server": (
+        [f"{OFF}_by=request", f"{OFF}_share=0.25"],
+        f"{ROLLOUT}.name='vllm'",
+        "set vllm_two_adapters",
+    ),
+    "two adapters and nobody who chooses": (
+        [f"{ROLLOUT}.name=vllm_two_adapters"],
+        f"{ROLLOUT}.name='vllm_two_adapters'",
+        "set vllm (quarantine_off_by=sync)",
+    ),
+    "requests that name no adapter": (
+        [*TWO_ADAPTERS, f"{ROLLOUT}.agent.default_agent_loop=single_turn_agent"],
+        f"{ROLLOUT}.agent.default_agent_loop='single_turn_agent'",
+        "set choosing_single_turn_agent, seeded_single_turn_agent",
+    ),
+    "merged weights by request": (
+        [*TWO_ADAPTERS, f"{MODEL}.lora.merge=true", f"{ROLLOUT}.dtype=bfloat16"],
+        f"{OFF}_by='request'",
+        "not whole weights",
+    ),
+    "unknown way": ([f"{OFF}_by=adapter"], f"{OFF}_by", "sync or request"),
     "unknown gate": (["+grad_routing.intervention.quarantine_off_gate=open"], "quarantine_off_gate", "routed, sampled"),
 }
 
@@ -401,7 +462,15 @@ def test_bad_input_of_dense_blocks(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides", [[], [APART], [APART, f"{OFF}_advantages=together", f"{OFF}_share=0.125"]], ids=str
+    "overrides",
+    [
+        [],
+        [APART],
+        [APART, f"{OFF}_advantages=together", f"{OFF}_share=0.125"],
+        [*TWO_ADAPTERS, f"{ROLLOUT}.agent.default_agent_loop=choosing_single_turn_agent"],
+        [*TWO_ADAPTERS, "+grad_routing/seeds=one"],
+    ],
+    ids=str,
 )
 def test_a_share_of_rollouts_without_the_quarantine(folder: Path, overrides: list[str]) -> None:
     check(folder, f"{OFF}_share=0.25", *overrides)

@@ -98,3 +98,11 @@ def test_misspelt_groups_are_recognised(argument: str, meant: str | None) -> Non
     from verl_grad_routing.command_line import misspelt_group
 
     assert misspelt_group(argument) == meant
+
+
+@pytest.mark.parametrize(
+    "module", ["replay", "request_seeds", "agent_loops", "two_adapters.request", "two_adapters.registered"]
+)
+def test_what_users_may_import_first_registers_without_a_circle(module: str) -> None:
+    done = python(f"import verl_grad_routing.training.{module}")
+    assert done.returncode == 0 and "could not register" not in done.stderr, done.stderr[-2000:]

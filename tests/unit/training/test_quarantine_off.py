@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.quarantine_off import drawn_prompts, off_rows, part_size, prompt_of
+from verl_grad_routing.training.quarantine_off import MARK, drawn_prompts, off_rows, part_size, prompt_of
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -119,6 +119,16 @@ def test_the_second_part_is_submitted_after_the_first_has_ended_and_the_weights_
     assert [what for what, *_ in told] == ["submit", "wait", "send", "submit"]
     assert told[2] == ("send", ("deployed",), 2)  # the weights that step 2 made
     assert trainer.timing_raw["gen"] >= trainer.timing_raw["quarantine_off_sync"] >= 0
+
+
+def test_by_request_both_parts_are_submitted_at_once_and_no_weights_are_sent(monkeypatch):
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    trainer, told = sampler(quarantine_off_share=0.5, quarantine_off_by="request"), []
+    monkeypatch.setattr(PPOTrainer, "_submit_batch_to_rollout", lambda self, part: told.append(list(part["uid"])))
+    assert trainer._submit_batch_to_rollout(prompts(4)) == 4
+    assert [len(part) for part in told] == [2, 2]
+    assert [uid.endswith(MARK) for part in told for uid in part] == [False, False, True, True]
 
 
 def test_without_a_share_verls_own_submission_is_made(monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from tests.modules.driver import trainer
 from tests.modules.memory_queue import Queue
 from verl_grad_routing.config import parse
+from verl_grad_routing.errors import UserError
 from verl_grad_routing.routing import DEFAULT
 
 pytestmark = pytest.mark.timeout(180)
@@ -80,6 +81,37 @@ def test_every_row_says_who_sampled_it_and_groups_are_as_asked(
         assert uids == ["a"] * 5 + ["b"] * 5
     else:
         assert uids == [key.split("_")[0] for key in KEYS]
+
+
+def test_by_request_every_row_must_have_been_sampled_by_the_adapter_that_its_key_says(
+    queue: Queue, batch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    monkeypatch.setattr(PPOTrainer, "_balance_batch", lambda self, rows, *args, **kwargs: rows)
+    driver = made(quarantine_off_by="request")
+    for key, off in zip(KEYS, OFF, strict=True):
+        queue.rows[key]["extra_fields"]["grad_routing_adapter"] = "deployed" if off else "both"
+    driver._balance_batch(batch, {})
+    assert [int(queue.rows[key]["quarantine_off"]) for key in KEYS] == OFF
+    for row, told in ((2, "both, not deployed"), (5, "deployed, not both")):
+        right = queue.rows[KEYS[row]]["extra_fields"].pop("grad_routing_adapter")
+        with pytest.raises(UserError, match="sampled by None"):  # an agent loop on a server of verl's own
+            driver._balance_batch(batch, {})
+        queue.rows[KEYS[row]]["extra_fields"]["grad_routing_adapter"] = "both" if OFF[row] else "deployed"
+        with pytest.raises(UserError, match=rf"default_agent_loop=.*{KEYS[row]} was sampled by {told}"):
+            driver._balance_batch(batch, {})
+        queue.rows[KEYS[row]]["extra_fields"]["grad_routing_adapter"] = right
+
+
+def test_by_request_the_sync_after_the_step_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl_grad_routing.training.trainer.sampling import DeployedValidation
+
+    monkeypatch.setattr(DeployedValidation, "on_sample_end", lambda self: None, raising=False)
+    driver, told = made(quarantine_off_by="request"), []
+    driver.actor_rollout_wg = SimpleNamespace(export_blocks=told.append)
+    driver.on_sample_end()
+    assert not told
 
 
 def test_old_log_probs_are_asked_for_under_the_gate_of_sampling(batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:

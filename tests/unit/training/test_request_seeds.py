@@ -61,15 +61,16 @@ def test_the_agent_loop_adds_the_seed_and_nothing_else() -> None:
 def test_verl_finds_it_by_name_in_a_process_that_imports_nothing_of_ours() -> None:
     code = "from verl.experimental.agent_loop.agent_loop import _agent_loop_registry as known; print(known)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=True)
-    assert "verl_grad_routing.training.request_seeds.SeededSingleTurn" in done.stdout
+    for name in ("SeededSingleTurn", "ChoosingSingleTurn"):
+        assert f"verl_grad_routing.training.agent_loops.{name}" in done.stdout
 
 
 def test_runs_on_our_environments_take_it() -> None:
     from hydra import compose, initialize_config_module
 
-    from verl_grad_routing.training.request_seeds import NAME
+    from verl_grad_routing.training.two_adapters import SEEDED
 
     with initialize_config_module("verl.trainer.config", version_base=None):
         seeded = compose("ppo_trainer", ["+grad_routing/seeds=one"])
-        assert seeded.actor_rollout_ref.rollout.agent.default_agent_loop == NAME
+        assert seeded.actor_rollout_ref.rollout.agent.default_agent_loop == SEEDED
         assert compose("ppo_trainer").actor_rollout_ref.rollout.agent.default_agent_loop == "single_turn_agent"

@@ -26,7 +26,13 @@ from verl_grad_routing.routing import (
 )
 from verl_grad_routing.training import export
 from verl_grad_routing.training.block_kinds.base import BLOCK_KINDS, BlockKind, ToTokens
-from verl_grad_routing.training.block_optim import DecayToStart, check_same_start, parameter_groups, start_signature
+from verl_grad_routing.training.block_optim import (
+    DecayToStart,
+    check_same_start,
+    parameter_groups,
+    start_signature,
+    step_options,
+)
 from verl_grad_routing.training.block_step import BlockStep
 from verl_grad_routing.training.hooks import EngineHook
 
@@ -100,7 +106,7 @@ class AdapterBlocks(BlockKind):
             hook.bind(named)
             hook.attach(module)
         limits, decay = self.limits(actor_optim.clip_grad), DecayToStart.of(blocks, optim, actor_optim)
-        return BlockStep(optimizer, blocks, limits, hooks, jointly=optim.clip_jointly, decay=decay)
+        return BlockStep(optimizer, blocks, limits, hooks, **step_options(optim, decay))
 
     def weights(self, engine: RoutedFSDPEngine, stock: Callable[..., tuple], **options: Any) -> tuple:
         if engine.model_config.lora.get("merge", False):

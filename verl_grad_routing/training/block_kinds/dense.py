@@ -24,7 +24,7 @@ from verl_grad_routing.routing.dense import (
     install_blocks,
 )
 from verl_grad_routing.training.block_kinds.base import BLOCK_KINDS, BlockKind, ToTokens
-from verl_grad_routing.training.block_optim import DecayToStart, parameter_groups
+from verl_grad_routing.training.block_optim import DecayToStart, parameter_groups, step_options
 from verl_grad_routing.training.dense_step import DenseStep
 from verl_grad_routing.training.hooks import EngineHook
 from verl_grad_routing.training.masks import activation_gradients_of
@@ -93,7 +93,7 @@ class DenseUnits(BlockKind):
         limits = self.limits(actor_optim.clip_grad)
         limits["shared"] = max(limits.values())
         decay = DecayToStart.of(parts.blocks, optim, actor_optim)
-        return DenseStep(optimizer, parts, limits, jointly=optim.clip_jointly, decay=decay)
+        return DenseStep(optimizer, parts, limits, **step_options(optim, decay))
 
     def weights(self, engine: RoutedFSDPEngine, stock: Callable[..., tuple], **options: Any) -> tuple:
         tensors, configuration = stock(**options)

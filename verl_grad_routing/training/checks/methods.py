@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.errors import UserError
+from verl_grad_routing.shadows import build_shadows, told_of
 from verl_grad_routing.training.checks.run import Run, get
 
 LATE = 10**9  # a step after every schedule
@@ -48,6 +50,31 @@ def pairs(run: Run) -> None:
     if getattr(run.methods.gate, "needs_pair_means", False) and not getattr(detector, "needs_pairs", False):
         fix = "this gate needs a detector with contrastive pairs"
         raise UserError("grad_routing.gate.name", run.settings.gate["name"], fix)
+
+
+def rescoring(run: Run) -> None:
+    """A history is scored again where a direction changes, from what the workers hand over."""
+    if not run.routed:
+        return
+    key, compared = "grad_routing.gate.rescore", build_shadows(run.settings)
+    if run.methods.gate.rescores:
+        _direction_changes(run, run.methods.detector, key)
+    for shadow in compared:
+        with told_of(shadow.name):
+            if shadow.methods.gate.rescores:
+                _direction_changes(run, shadow.methods.detector, key)
+
+
+def _direction_changes(run: Run, detector: Any, key: str) -> None:
+    if not detector.needs_directions:
+        fix = f"{detector.name} projects on no direction that could change; set false"
+        raise UserError(key, True, fix)
+    kl = run.get("actor_rollout_ref.actor.use_kl_loss") or run.get("algorithm.use_kl_in_reward")
+    where = detector.resolve_score_pass(bool(kl))
+    if where == "reference" or not detector.config.refresh_every:
+        why = f"score_pass={where}" if where == "reference" else "refresh_every=0"
+        fix = f"the direction never changes (detector.{why}), so scores stay what they are; set false, or refresh it"
+        raise UserError(key, True, fix)
 
 
 def groups(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import nearest
 from verl_grad_routing.training.checks.run import Run
+from verl_grad_routing.training.two_adapters import ROLLOUT
 
 
 def strategies(run: Run) -> None:
@@ -50,7 +51,7 @@ def adapter(run: Run) -> None:
     if backend not in (None, "naive"):
         raise UserError("actor_rollout_ref.rollout.checkpoint_engine.backend", backend, "routing needs naive")
     rollout = run.get("actor_rollout_ref.rollout.name")
-    if rollout != "vllm":
+    if rollout not in ("vllm", ROLLOUT):
         raise UserError("actor_rollout_ref.rollout.name", rollout, "routed adapters are sent to vllm only")
 
 

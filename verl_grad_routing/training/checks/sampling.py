@@ -5,6 +5,34 @@ from __future__ import annotations
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.training.checks.run import Run
 from verl_grad_routing.training.quarantine_off import part_size
+from verl_grad_routing.training.two_adapters import CHOOSING, ROLLOUT, SEEDED
+
+VERLS_LOOPS = ("single_turn_agent", "tool_agent")
+
+
+ROLLOUT_KEY, LOOP_KEY = "actor_rollout_ref.rollout.name", "actor_rollout_ref.rollout.agent.default_agent_loop"
+
+
+def two_adapters(run: Run) -> None:
+    """Two adapters in the rollout engine go together with requests that choose one, on blocks that are adapters."""
+    settings, rollout, key = run.settings, run.get(ROLLOUT_KEY), "grad_routing.quarantine_off_by"
+    by_request = settings.quarantine_off_by == "request"
+    if by_request and not settings.quarantine_off_share:
+        fix = "no rollout is sampled with the quarantine off (quarantine_off_share=0.0); set sync"
+        raise UserError(key, "request", fix)
+    if by_request != (rollout == ROLLOUT):
+        wanted = ROLLOUT if by_request else "vllm"
+        by = f"quarantine_off_by={settings.quarantine_off_by}"
+        fix = f"set {wanted} ({by}), as +grad_routing/rollout=two_adapters does"
+        raise UserError(ROLLOUT_KEY, rollout, fix)
+    if not by_request:
+        return
+    if settings.blocks.kind != "adapters" or run.get("actor_rollout_ref.model.lora.merge", False):
+        raise UserError(key, "request", "only adapters are chosen by request, not whole weights; set sync")
+    loop = run.get(LOOP_KEY, "single_turn_agent")
+    if loop in VERLS_LOOPS:
+        fix = f"its requests name no adapter; set {CHOOSING}, {SEEDED}, or one of your own that is a ChosenAdapter"
+        raise UserError(LOOP_KEY, loop, fix)
 
 
 def quarantine_off(run: Run) -> None:

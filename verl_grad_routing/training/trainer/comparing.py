@@ -25,6 +25,7 @@ from transfer_queue import KVBatchMeta
 from verl.utils.debug import marked_timer
 
 from verl_grad_routing.detectors import BatchView, Detector, FingerprintDetector, view_for
+from verl_grad_routing.gates import Gate
 from verl_grad_routing.interventions import INTERVENTIONS, Intervention, Judged
 from verl_grad_routing.routing import Route, RoutingTable
 from verl_grad_routing.shadows import ARM, Shadow, build_shadows, told_of
@@ -71,6 +72,10 @@ class Comparing(Learning):
     @property
     def detectors(self) -> list[Detector]:
         return [*super().detectors, *(shadow.methods.detector for shadow in self.shadows)]
+
+    def _gate_of(self, detector: Detector) -> Gate:
+        theirs = (shadow.methods.gate for shadow in self.shadows if shadow.methods.detector is detector)
+        return next(theirs, None) or super()._gate_of(detector)
 
     def _own_scoring_pass(self, batch: KVBatchMeta, which: str) -> None:
         """The extra forward is charged to the shadows that need it, if the run's own method does not."""
@@ -131,7 +136,7 @@ class Comparing(Learning):
     def _judged_by(self, shadow: Shadow, batch: KVBatchMeta, view: BatchView) -> tuple[Judged, dict[str, float]]:
         """The shadow's verdicts and its own metrics. ``view`` may hold what only the run's detector may see."""
         detector = shadow.methods.detector
-        bare = dataclasses.replace(view, activation_scores_BD=None, fingerprints_BF=None)
+        bare = dataclasses.replace(view, activation_scores_BD=None, features_BLd=None, fingerprints_BF=None)
         seen = self._seen_by(detector, part_of(batch, real_rows(batch)), bare)
         theirs, metrics = self._decided(self.shadow_routers[shadow.name], batch, seen)
         own = {key.partition("/")[2]: value for key, value in metrics.items() if not key.startswith(ROUTER_METRICS)}

@@ -15,7 +15,6 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from verl_grad_routing.chat import with_switches
 from verl_grad_routing.config import build_methods, parse
-from verl_grad_routing.training.replay import RoutedReplayBuffer
 from verl_grad_routing.training.router import Router
 from verl_grad_routing.training.shared_queue import refuse_another_runs_queue
 from verl_grad_routing.training.watchdog import Watchdog
@@ -55,6 +54,9 @@ class Core(PPOTrainerSync):
         return None
 
     def _build_replay_buffer(self) -> ReplayBuffer:
+        # here, not above: importing it first imports verl's trainer, which registers this module
+        from verl_grad_routing.training.replay import RoutedReplayBuffer
+
         buffer = super()._build_replay_buffer()
         if type(buffer) is ReplayBuffer:
             buffer.__class__ = RoutedReplayBuffer

@@ -1,7 +1,8 @@
 """A share of each step's rollouts is sampled with the quarantine off.
 
-A second weight sync within the step: the first part is sampled with both blocks, then the deployed block alone is sent
-and the rest is sampled. The sync at the end of the step sends both again. verl's rollout classes are untouched.
+By a second weight sync within the step: the first part is sampled with both blocks, then the deployed block alone is
+sent and the rest is sampled. The sync at the end of the step sends both again. verl's rollout classes are untouched. Or
+all at once, by two adapters in the rollout engine (``two_adapters``) of which every request names one.
 
 Shapes: N rows of the batch (pad rows included), B real rollouts, R response tokens.
 """
@@ -23,10 +24,11 @@ from verl.utils.debug import marked_timer
 
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.routing import BLOCKS
-from verl_grad_routing.training.columns import part_of, read, write, write_texts
+from verl_grad_routing.training.columns import part_of, plain, read, real_rows, write, write_texts
 from verl_grad_routing.training.masks import OFF, SAMPLING_GATE
 from verl_grad_routing.training.quarantine_off import MARK, drawn_prompts, off_rows, part_size, prompt_of
 from verl_grad_routing.training.trainer.validation import DeployedValidation
+from verl_grad_routing.training.two_adapters import ADAPTER, BOTH, DEPLOYED
 
 SESSIONS = "__rollout_n__"
 """verl's column with which a prompt has a number of rollouts of its own."""
@@ -39,12 +41,20 @@ class Sampling(DeployedValidation):
     def samples_quarantine_off(self) -> bool:
         return self.settings.quarantine_off_share > 0
 
+    @property
+    def chosen_by_request(self) -> bool:
+        return self.settings.quarantine_off_by == "request"
+
     # ---- the two parts ----
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
         if not self.samples_quarantine_off:
             return super()._submit_batch_to_rollout(batch)
         with_quarantine, without = self._parts(batch)
+        if self.chosen_by_request:
+            for part in (with_quarantine, without):
+                super()._submit_batch_to_rollout(part)
+            return len(batch)
         with marked_timer("gen", self.timing_raw, color="red"):
             super()._submit_batch_to_rollout(with_quarantine)
             self.replay_buffer.wait_for(list(with_quarantine["uid"]), "train")
@@ -76,7 +86,7 @@ class Sampling(DeployedValidation):
 
     def on_sample_end(self) -> None:
         super().on_sample_end()
-        if self.samples_quarantine_off:
+        if self.samples_quarantine_off and not self.chosen_by_request:
             self.actor_rollout_wg.export_blocks(tuple(BLOCKS))  # the sync at the end of the step sends both
 
     # ---- who sampled what ----
@@ -89,10 +99,22 @@ class Sampling(DeployedValidation):
                 fix = "the recorded batches hold rollouts sampled with the quarantine off; give the share of their run"
                 raise UserError("grad_routing.quarantine_off_share", 0.0, fix)
             return batch
+        if self.chosen_by_request:
+            self._require_chosen(part_of(batch, real_rows(batch)))
         batch = write(batch, {OFF: off_N})
         if self.settings.quarantine_off_unit == "rollout" and self.settings.quarantine_off_advantages == "together":
             self._join_groups(batch, off_N)
         return batch
+
+    @staticmethod
+    def _require_chosen(batch: KVBatchMeta) -> None:
+        """Every rollout was sampled by the adapter that its key says. Raises ``UserError``."""
+        fields = plain(read(batch, "extra_fields")["extra_fields"])
+        for key, off, row in zip(batch.keys, off_rows(batch.keys).tolist(), fields, strict=True):
+            wanted, found = DEPLOYED if off else BOTH, (row or {}).get(ADAPTER)
+            if found != wanted:
+                fix = f"rollout {key} was sampled by {found}, not {wanted}: its agent loop must be a ChosenAdapter"
+                raise UserError("actor_rollout_ref.rollout.agent.default_agent_loop", found, fix)
 
     def _join_groups(self, batch: KVBatchMeta, off_N: Tensor) -> None:
         """A prompt's rollouts of both kinds under one prompt id, which is what groups of the advantage are made by."""

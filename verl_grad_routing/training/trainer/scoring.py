@@ -23,7 +23,8 @@ from verl_grad_routing.bottleneck import Bottleneck
 from verl_grad_routing.detectors import ActivationDetector, BatchView, Detector, FingerprintDetector, view_for
 from verl_grad_routing.directions import PairSet, load_pairs
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.bottleneck_pass import pair_gradients, rollout_scores
+from verl_grad_routing.gates import Gate
+from verl_grad_routing.training.bottleneck_pass import pair_gradients, rollout_rows
 from verl_grad_routing.training.bottleneck_step import ReadGradients
 from verl_grad_routing.training.columns import dense, part_of, plain, read, real_rows
 from verl_grad_routing.training.fingerprint_pass import adjacent_cosines, fingerprints
@@ -46,6 +47,7 @@ class Reader:
         width: Length of such a row: the hidden size, or the bottleneck's rank.
         place: The same for the log.
         token_score: How single tokens are scored beside the rollouts; ``None``: not at all.
+        features: Hand over what is projected, too: the gate scores its history again.
     """
 
     detector: ActivationDetector
@@ -56,6 +58,7 @@ class Reader:
     bottleneck: Bottleneck | None
     place: str
     token_score: str | None = None
+    features: bool = False
 
     @property
     def in_passes(self) -> bool:
@@ -65,7 +68,7 @@ class Reader:
     @property
     def projection(self) -> Project:
         vectors_DLd, position = self.detector.directions_DLd, self.detector.position
-        return Project(self.rows, vectors_DLd, position, self.bottleneck, self.token_score)
+        return Project(self.rows, vectors_DLd, position, self.bottleneck, self.token_score, self.features)
 
 
 class Scoring(Sampling):
@@ -79,6 +82,11 @@ class Scoring(Sampling):
         """Every detector of the run, its own first."""
         return [self.detector] if self.routed else []
 
+    def _gate_of(self, detector: Detector) -> Gate:
+        """The gate that decides on a detector's scores."""
+        assert detector is self.detector
+        return self.router.gate
+
     # ---- the directions ----
 
     def _load_checkpoint(self) -> None:
@@ -88,7 +96,7 @@ class Scoring(Sampling):
         if readers:
             shape = self.actor_rollout_wg.model_shape()[0]
             for detector in readers:
-                reader = self._reader(detector, shape)
+                reader = dataclasses.replace(self._reader(detector, shape), features=self._gate_of(detector).rescores)
                 if detector is self.detector:
                     reader = dataclasses.replace(reader, token_score=self.router.token_score)
                 made.append(reader)
@@ -256,8 +264,9 @@ class Scoring(Sampling):
         """``view`` with the activations, gradients and fingerprints that ``detector`` asks for."""
         if detector.needs_directions:
             reader = next(reader for reader in self.readers if reader.detector is detector)
-            scores_BD = self._activation_scores(reader) if reader.in_passes else self._gradient_scores(real, reader)
-            view = dataclasses.replace(view, activation_scores_BD=scores_BD)
+            scored = self._activation_scores if reader.in_passes else self._gradient_scores
+            scores_BD, features_BLd = scored(real, reader)
+            view = dataclasses.replace(view, activation_scores_BD=scores_BD, features_BLd=features_BLd)
             if reader.token_score is not None:
                 column = f"{self._projections(reader.which).column}_tokens"
                 data = read(real, column, "response_mask")
@@ -265,18 +274,29 @@ class Scoring(Sampling):
                 view = dataclasses.replace(view, **{name: tuple(data[c].unbind()) for name, c in rows.items()})
         return self._fingerprinted(real, view, detector) if detector.needs_fingerprints else view
 
-    def _activation_scores(self, mine: Reader) -> torch.Tensor:
-        """The columns [B, D] that the pass read for a detector."""
+    def _activation_scores(self, real: KVBatchMeta, mine: Reader) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The columns [B, D] that the pass read for a detector, and the features [B, L, d] where it needs them."""
         served = [reader for reader in self.readers if reader.which == mine.which and reader.in_passes]
         parts = self.activations[mine.which].split([len(r.detector.directions_DLd) for r in served], dim=1)
-        return next(part for reader, part in zip(served, parts, strict=True) if reader is mine)
+        place = next(place for place, reader in enumerate(served) if reader is mine)
+        if not mine.features:
+            return parts[place], None
+        column = f"{self._projections(mine.which).column}_features_{place}"
+        return parts[place], dense(read(real, column)[column]).unflatten(1, (-1, mine.width))
 
-    def _gradient_scores(self, real: KVBatchMeta, reader: Reader) -> torch.Tensor:
-        """Scores [B, D] of the rollouts' own gradients."""
+    def _gradient_scores(self, real: KVBatchMeta, reader: Reader) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scores [B, D] of the rollouts' own gradients, and the coordinates [B, M, r] where the detector needs them."""
+        detector = reader.detector
         with marked_timer("gradient_scores", self.timing_raw, color="purple"):
-            asked = ReadGradients(reader.bottleneck, reader.detector.directions_DLd, reader.detector.cosine)
+            asked = ReadGradients(reader.bottleneck)  # the coordinates themselves
+            if not reader.features:
+                asked = ReadGradients(reader.bottleneck, detector.directions_DLd, detector.cosine)
             even = self._even_rows(len(real.keys), backward=True)
-            return rollout_scores(self.actor_rollout_wg, real, asked, reader.which, *even)
+            rows_BX = rollout_rows(self.actor_rollout_wg, real, asked, reader.which, *even)
+        if not reader.features:
+            return rows_BX, None
+        features_BLd = rows_BX.unflatten(1, (-1, reader.width))
+        return detector.projected(features_BLd), features_BLd
 
     def _trusted(self, batch: KVBatchMeta) -> torch.Tensor | None:
         """Which real rollouts of ``batch`` are of rows that are trusted to be clean, bool [B]."""
