@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from tests.e2e.answers import assert_same_answers, assert_same_log_probs, from_vllm, load, prompts_of, samples_of
 from tests.e2e.conftest import SMALL, Train
+from verl_grad_routing.cli import app
 from verl_grad_routing.compare.runs import Run
 from verl_grad_routing.deploy import export
 from verl_grad_routing.deploy.expansion import Expand, expand
@@ -85,8 +87,26 @@ def test_units_of_the_model_itself(preset: str, train: Train, environment: Path,
         file = tmp_path / "weights.parquet"
         save_weights(file, names.convert_ids_to_tokens(counts.tolist()), counts, counts.flip(0), Frequencies())
         given += [f"grad_routing.intervention.token_weights={file}", "grad_routing.intervention.alpha=-0.75"]
-    run = train(preset, STEPS, *GIVEN, *given)
+    batches = tmp_path / "batches"
+    run = train(preset, STEPS, *GIVEN, *given, f"grad_routing.record_dir={batches}")
     assert_trained_and_exported(run, environment, tmp_path, {"both": OLD, "deployed": OLD})
+    if preset == "sgtm":
+        attack(run, batches, environment, tmp_path / "relearn")
+
+
+def attack(run: Run, batches: Path, environment: Path, to: Path) -> None:
+    """``vgr relearn`` takes such a checkpoint, and fine-tunes what is deployed of it on the run's own hacks."""
+    from typer.testing import CliRunner
+
+    checkpoint = run.folder / "checkpoints" / f"global_step_{STEPS}"
+    given = ["relearn", checkpoint, "--to", to, "--hacks", batches, "--target", 1.0, "--steps", 10, "--every", 5]
+    given += ["--validate", environment / "val.parquet", "--reward", "pkg://verl_grad_routing.envs.loopholes.reward"]
+    result = CliRunner().invoke(app, list(map(str, [*given, "--lr", 3e-4, "--max-new-tokens", 7])))
+    assert result.exit_code == 0, (result.output, result.exception)
+    models = json.loads((to / "relearn.json").read_text())["models"]
+    assert [model["name"] for model in models] == ["deployed", "model"]
+    deployed = [point["hack"]["hits"] for point in models[0]["curve"]]
+    assert len(deployed) == 3 and deployed[-1] > deployed[0]
 
 
 @pytest.mark.slow

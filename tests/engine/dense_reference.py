@@ -31,6 +31,19 @@ CLOUD: Masks = {0: (ON, ON, ON), 1: (ON, ON, ON), 2: (ON, ON, (-0.75, 1))}
 CLOUD_OFF_TARGET: Masks = {**CLOUD, 0: (ON, ON, (1, 0)), 1: (ON, ON, (1, 0))}
 
 
+WEIGHTS = [{"mlp_units": "2-3", "weight": 0.5}, {"layers": [2], "mlp_units": "9", "heads": [1, 2], "weight": -1.5}]
+
+
+def weights_of(name: str, count: int) -> Tensor:
+    """The same, a number for every input of a down or o projection."""
+    found = torch.zeros(count, dtype=torch.float64)
+    if "down_proj" in name:
+        found[2:4] = 0.5
+    if "layers.2." in name:
+        found[[9] if "down_proj" in name else range(16, 48)] = -1.5
+    return found
+
+
 def quarantine_of(name: str, shape: torch.Size) -> Tensor:
     """1 at the quarantine's entries."""
     flags = torch.zeros(shape, dtype=torch.float64)
@@ -58,6 +71,7 @@ class DenseReference(Reference):
         self.values = {name: p.detach().clone().requires_grad_() for name, p in self.model.named_parameters()}
         self.flags = {name: quarantine_of(name, p.shape) for name, p in self.values.items()}
         self.alpha: Pair = ON
+        self.weighed = False
 
     def weights(self, gate: Pair) -> dict[str, Tensor]:
         used = dict(self.values)
@@ -72,6 +86,8 @@ class DenseReference(Reference):
             if name.endswith(("down_proj.weight", "o_proj.weight")) and flags.any():
                 module = self.model.get_submodule(name.removesuffix(".weight"))
                 factor = flags[0] * self.alpha[1] + (1 - flags[0]) * self.alpha[0]
+                if self.weighed:
+                    factor = factor + (1 - factor) * weights_of(name, len(factor))
                 hooks.append(module.register_forward_pre_hook(weigh(factor)))
         try:
             return functional_call(self.model, self.weights(gate), (tokens[None],), {"use_cache": False}).logits[0]

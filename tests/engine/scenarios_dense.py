@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.engine.dense_reference import SETTINGS
+from tests.engine.dense_reference import SETTINGS, WEIGHTS
 from tests.engine.rollouts import KEEP, PLAIN, RICH, ROUTE, Loss, routed
 from tests.engine.world import World, full, parameters, scenario
 from verl_grad_routing.errors import UserError
@@ -56,6 +56,13 @@ FEEDS: dict[str, tuple[dict, dict, Loss, Any, list[str]]] = {
         PAPER_SHARED,
     ),
     "cloud, checkpointed": ({"checkpointing": True}, {"micro": 3}, PLAIN, table("cloud", alpha=-0.75), []),
+    "cloud, weights of units": (
+        {"checkpointing": True, "weights": WEIGHTS},
+        {"micro": 3},
+        PLAIN,
+        table("cloud", alpha=-0.75),
+        [],
+    ),
     "bf16": ({"dtype": "bf16"}, {"micro": 3}, PLAIN, DEFAULT, []),
 }
 
@@ -69,7 +76,8 @@ OPTIM: dict[str, dict[str, Any]] = {
 
 
 def engine(world: World, shared: list[str] | tuple = (), own: dict[str, Any] | None = None, **options: Any) -> Any:
-    blocks = {**SETTINGS, "units": {**SETTINGS["units"], "shared": list(shared)}, "optim": own or {}}
+    units = {**SETTINGS["units"], "shared": list(shared), "weights": options.pop("weights", [])}
+    blocks = {**SETTINGS, "units": units, "optim": own or {}}
     return world.engine(blocks=blocks, **options)
 
 

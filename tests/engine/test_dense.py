@@ -35,6 +35,7 @@ CASES = {
     "gradient routing, checkpointed": (PLAIN, tables.GRADIENT_ROUTING, False, lambda name: False),
     "activation masking, checkpointed": (PLAIN, tables.ACTIVATION_MASKING, False, outside),
     "cloud, checkpointed": (PLAIN, tables.CLOUD, False, lambda name: False),
+    "cloud, weights of units": (PLAIN, tables.CLOUD, False, lambda name: False),
     "bf16": (PLAIN, tables.PARAMETER_MASKING, False, lambda name: False),
 }
 
@@ -49,7 +50,9 @@ def error(actual, expected) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_the_sum_of_allowed_rollouts(case, world, inputs):
     loss, table, weighted, shared = CASES[case]
-    expected = DenseReference(inputs.model_dir).gradients(inputs.rollouts, loss, table, weighted, shared)
+    reference = DenseReference(inputs.model_dir)
+    reference.weighed = "weights of units" in case
+    expected = reference.gradients(inputs.rollouts, loss, table, weighted, shared)
     assert error(world["dense_gradients"][case], expected) < (0.2 if case == "bf16" else 1e-5)
 
 

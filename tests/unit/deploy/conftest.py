@@ -157,3 +157,45 @@ def make_run(tmp_path_factory) -> Callable[..., Run]:
 def run(make_run) -> Run:
     """Two ranks, sharded unevenly; float32. Read only."""
     return make_run(mesh=(2,))
+
+
+DENSE_UNITS = [0, 1, 2, 9]
+
+
+@pytest.fixture(scope="session", params=[True, False], ids=["tied", "untied"])
+def dense_checkpoint(request, tmp_path_factory) -> tuple[Path, LlamaForCausalLM]:
+    """A run's last checkpoint, units of the model itself being the quarantine, and the trained model."""
+    folder = tmp_path_factory.mktemp("dense")
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=40,
+        attention_bias=True,
+        tie_word_embeddings=request.param,
+        initializer_range=0.4,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    torch.manual_seed(1)
+    trained = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, p in trained.named_parameters():
+            if name.endswith("bias"):
+                p.normal_()
+    actor = folder / "global_step_3" / "actor"
+    actor.mkdir(parents=True)
+    torch.save(trained.state_dict(), actor / "model_world_size_1_rank_0.pt")
+    (actor / "fsdp_config.json").write_text(json.dumps({"world_size": 1}))
+    layout = {
+        "kind": "dense",
+        "units": {"layers": [1], "mlp_units": DENSE_UNITS, "heads": [2, 3]},
+        "shared": ["embeddings", "head"],
+        "ablate_at_deployment": True,
+        "base_model": str(folder / "base"),
+    }
+    (actor / "grad_routing_blocks.json").write_text(json.dumps(layout))
+    return actor.parent, trained

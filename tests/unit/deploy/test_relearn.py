@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from tests.unit.deploy.conftest import DENSE_UNITS
 from verl_grad_routing.deploy import export
 from verl_grad_routing.deploy.rates import Rate
 from verl_grad_routing.envs.chars.tokenizer import build_tokenizer
@@ -194,6 +195,21 @@ def test_a_checkpoint_brings_its_models_along(run, files: dict, tmp_path: Path) 
     states = [loaded(folder).state_dict() for folder in (*found.attacked.values(), found.trained)]
     q_proj = [state["model.layers.0.self_attn.q_proj.weight"] for state in states]
     assert not any(torch.equal(q_proj[one], q_proj[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_units_of_the_model_itself_are_zero_in_what_is_attacked(dense_checkpoint, files: dict, tmp_path: Path) -> None:
+    checkpoint, trained = dense_checkpoint
+    base = Path(json.loads((checkpoint / "actor" / "grad_routing_blocks.json").read_text())["base_model"])
+    build_tokenizer(ALPHABET).save_pretrained(base)
+    found = contestants(Relearn(checkpoint, **files), tmp_path / "work")
+    assert list(found.attacked) == ["deployed", "base"] and found.attacked["base"] == base
+    assert found.trained is not None
+    gate = "model.layers.1.mlp.gate_proj.weight"
+    deployed, as_trained = (loaded(folder).state_dict()[gate] for folder in (found.attacked["deployed"], found.trained))
+    assert torch.equal(as_trained, trained.state_dict()[gate])
+    rows = torch.zeros(len(as_trained), dtype=torch.bool)
+    rows[DENSE_UNITS] = True
+    assert torch.equal(deployed, as_trained.masked_fill(rows[:, None], 0))
 
 
 def test_an_adapter_is_merged(run, files: dict, tmp_path: Path) -> None:

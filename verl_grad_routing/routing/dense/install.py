@@ -77,6 +77,7 @@ class _Dense:
     context: DenseContext
     weight_role: Role
     bias_role: Role | None
+    unit_weights: Tensor | None = None
 
 
 class DenseLinear(_Dense, nn.Linear):
@@ -97,7 +98,13 @@ class DenseLinear(_Dense, nn.Linear):
             bias_mask=context.update_of(self.bias_role),
             forward_gate=context.gate(input) if units else None,
             activation_gradient=context.activation_gradient if units and not context.ablated else None,
+            unit_weights=self._weights_beside(input) if units else None,
         )
+
+    def _weights_beside(self, input: Tensor) -> Tensor | None:
+        if self.unit_weights is not None and self.unit_weights.device != input.device:
+            self.unit_weights = self.unit_weights.to(input.device)
+        return self.unit_weights
 
 
 class DenseEmbedding(_Dense, nn.Embedding):
@@ -141,6 +148,9 @@ def install_blocks(model: nn.Module, blocks: DenseBlocks) -> DenseContext:
         if own:
             roles = {key: blocks.role(f"{name}.{key}") for key in own}
             _adopt(module, name, roles, context)
+            weights = blocks.weights_along(f"{name}.weight")
+            if weights is not None:  # no buffer: models are made without memory first, and this is configuration
+                cast(Any, module).unit_weights = torch.tensor(weights, dtype=torch.float64, device="cpu")
     return context
 
 

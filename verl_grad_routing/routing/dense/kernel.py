@@ -11,9 +11,10 @@ belongs to::
 
 ``dx`` is never masked by ``U``: SGTM zeroes gradients of parameters after the full backward pass (arXiv 2512.05648 §3).
 ``A`` is Cloud's mask on activations, real-valued and also negative (arXiv 2410.04332 eq. 1; ``α·act + (1-α)·sg(act)``
-in their code). The gate and A sit on unit outputs, the inputs of the columns' layers. That is the same as on
-pre-activations where SGTM's code has them: a unit that is switched off gives zero either way (``act(0) = 0``), and an
-activation function is elementwise, so a factor on its output's gradient is one on its input's.
+in their code); with weights of units ``w`` it is ``A + (1 - A) w``, of every token and unit. The gate and A sit on unit
+outputs, the inputs of the columns' layers. That is the same as on pre-activations, where SGTM's code has them: a unit
+that is switched off gives zero either way (``act(0) = 0``), and an activation function is elementwise, so a factor on
+its output's gradient is one on its input's.
 
 Masks of zeros and ones, all there are without weights, say which tokens train a block: its part of ``dW`` is then a
 product over these tokens alone (:class:`TokenSets`), and a rollout that does not train a block costs it nothing.
@@ -78,6 +79,7 @@ def unit_linear(
     bias_mask: Tensor | None = None,
     forward_gate: Tensor | None = None,
     activation_gradient: Tensor | None = None,
+    unit_weights: Tensor | None = None,
 ) -> Tensor:
     """A linear layer whose units are of two blocks; with every mask ``None`` it is ``F.linear``.
 
@@ -92,6 +94,7 @@ def unit_linear(
         bias_mask: The same for the bias, whose units are the rows'; other biases take the first column.
         forward_gate: ``[..., T, 2]``, which units' outputs are there; ``columns`` only.
         activation_gradient: ``[..., T, 2]``, factors on the gradient of units' outputs; ``columns`` only.
+        unit_weights: ``[I]``, how much each unit is taken out of these factors.
 
     Returns:
         ``[..., T, O]``.
@@ -107,7 +110,8 @@ def unit_linear(
     masks["activation_gradient"] = activation_gradient
     flat = [flat_mask(name, mask, x) for name, mask in masks.items()]
     whole = update_mask is not None and update_mask.shape[:-1] == x.shape[:-1]  # positions are those of x
-    return _UnitLinear.apply(x, weight, bias, *flat, token_sets if whole else None, side, tuple(ranges))
+    sets = token_sets if whole else None
+    return _UnitLinear.apply(x, weight, bias, *flat, sets, unit_weights, side, tuple(ranges))
 
 
 def _others(ranges: Sequence[Range], count: int) -> list[Range]:
@@ -186,6 +190,7 @@ class _UnitLinear(torch.autograd.Function):
         gate: Tensor | None,
         activation: Tensor | None,
         sets: TokenSets | None,
+        unit_weights: Tensor | None,
         side: Side,
         ranges: tuple[Range, ...],
     ) -> Tensor:
@@ -198,6 +203,7 @@ class _UnitLinear(torch.autograd.Function):
         # The weight itself is saved, never a cast copy: sharded training frees and refills its storage.
         ctx.save_for_backward(h_TI if ctx.needs_input_grad[1] else None, weight, update, bias_update, gate, activation)
         ctx.sets, ctx.side, ctx.ranges, ctx.dtype, ctx.x_shape = sets, side, ranges, dtype, x.shape
+        ctx.unit_weights = unit_weights
         return torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1]))
 
     @staticmethod
@@ -215,6 +221,10 @@ class _UnitLinear(torch.autograd.Function):
         dx = dW = db = None
         if ctx.needs_input_grad[0]:
             dx_TI = g_TO @ weight.to(ctx.dtype)
+            if activation is not None and ctx.unit_weights is not None:
+                w_I = ctx.unit_weights.to(dx_TI)
+                dx_TI = torch.lerp(_by_unit(dx_TI, activation, ctx.ranges), dx_TI, w_I.expand_as(dx_TI))
+                activation = None
             factor = activation if gate is None else gate if activation is None else gate * activation
             dx = _by_unit(dx_TI, factor, ctx.ranges, out=dx_TI).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
@@ -226,7 +236,7 @@ class _UnitLinear(torch.autograd.Function):
                 dW = _set_gradient(g_TO, h_TI, ctx.sets, ctx.side, ctx.ranges)
         if ctx.needs_input_grad[2]:
             db = _bias_gradient(g_TO, bias_update, ctx.ranges if ctx.side == "rows" else ())
-        return dx, dW, db, *(None,) * 7
+        return dx, dW, db, *(None,) * 8
 
 
 def _bias_gradient(g_TO: Tensor, mask_T2: Tensor | None, ranges: Sequence[Range]) -> Tensor:

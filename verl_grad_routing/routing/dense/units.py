@@ -10,6 +10,7 @@ Pure descriptions: names and numbers, no tensors. A range ``(a, b)`` holds ``a``
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -76,6 +77,23 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class UnitWeights:
+    """How much chosen units are taken out of what ROUTE does to activation gradients, see ``UnitsConfig.weights``.
+
+    Attributes:
+        layers: Layers, counted from 0.
+        units: MLP units of each.
+        heads: Query heads of each.
+        weight: At most 1.
+    """
+
+    layers: tuple[int, ...]
+    units: tuple[int, ...]
+    heads: tuple[int, ...]
+    weight: float
+
+
+@dataclass(frozen=True)
 class UnitsConfig:
     """The quarantine as a configuration says it.
 
@@ -87,14 +105,22 @@ class UnitsConfig:
         heads: Query heads of every chosen layer, whole key/value groups; ``None`` or 0 for none.
         layers: Layers, counted from 0; ``None`` for all.
         shared: Names in ``SHARED``: parameters that learn from everything.
+        weights: Weights of single units, ``[{layers, mlp_units, heads, weight}]``, ``layers`` by default the
+            quarantine's. A factor a on the gradient at such a unit's output becomes ``a + (1 - a) weight``: 1 takes the
+            unit out, and where a is 0 the weight is the unit's own factor (Cloud et al., arXiv 2410.04332, eq. 1: alpha
+            is of data point, unit and edge). Units not named have 0. Any unit may be named, of either block.
     """
 
     mlp_units: Any = None
     heads: Any = None
     layers: Any = None
     shared: tuple[str, ...] = ()
+    weights: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.weights, str | Mapping) or not all(isinstance(entry, Mapping) for entry in self.weights):
+            raise UserError("weights", self.weights, "give a list: [{mlp_units: 0-9, weight: 0.5}, ...]")
+        object.__setattr__(self, "weights", tuple(self.weights))
         if isinstance(self.shared, str):
             raise UserError("shared", self.shared, f"give a list of names; known: {', '.join(SHARED)}")
         object.__setattr__(self, "shared", tuple(self.shared))
@@ -127,7 +153,40 @@ class UnitsConfig:
         if shape.tied and missing:
             fix = "this model's embedding is its head too: put embeddings and head into shared, or untie them"
             raise UserError("shared", list(self.shared), fix)
-        return DenseBlocks(shape, layers, units, heads, frozenset(self.shared))
+        return DenseBlocks(shape, layers, units, heads, frozenset(self.shared), self._weights(shape, layers))
+
+    def _weights(self, shape: Shape, layers: tuple[int, ...]) -> tuple[UnitWeights, ...]:
+        found, seen = [], set[tuple[int, str, int]]()
+        for entry in self.weights:
+            for key in entry:
+                if key not in ("layers", "mlp_units", "heads", "weight"):
+                    raise UserError("weights", key, nearest(str(key), ["layers", "mlp_units", "heads", "weight"]))
+            given = entry.get("layers")
+            own = layers if given is None else numbers("weights.layers", given, shape.layers, "layers")
+            if not set(own) <= set(layers):
+                fix = f"units are weighed in layers with a quarantine, {', '.join(map(str, layers))}"
+                raise UserError("weights.layers", given, fix)
+            units = numbers("weights.mlp_units", entry.get("mlp_units"), shape.units, "MLP units")
+            heads = numbers("weights.heads", entry.get("heads"), shape.heads, "query heads")
+            weight = entry.get("weight")
+            number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+            if not number or weight > 1:
+                raise UserError("weights.weight", weight, "give a number of at most 1; 1 takes the unit out")
+            if not (units or heads):
+                raise UserError(
+                    "weights.mlp_units", entry.get("mlp_units"), "it names none; give units, heads, or both"
+                )
+            for key, own_kind, chosen in (("mlp_units", units, self.mlp_units), ("heads", heads, self.heads)):
+                if own_kind and chosen in (None, 0):
+                    fix = f"the quarantine has no {key}, so their gradients are not weighed; leave them out"
+                    raise UserError(f"weights.{key}", entry[key], fix)
+            named = {(at, kind, n) for at in own for kind, which in (("unit", units), ("head", heads)) for n in which}
+            if named & seen:
+                at, kind, n = sorted(named & seen)[0]
+                raise UserError("weights", f"{kind} {n} of layer {at}", "it is named twice; give it one weight")
+            seen |= named
+            found.append(UnitWeights(own, units, heads, float(weight)))
+        return tuple(found)
 
 
 def numbers(key: str, value: Any, count: int, what: str) -> tuple[int, ...]:
@@ -209,6 +268,24 @@ class DenseBlocks:
     units: tuple[int, ...]
     heads: tuple[int, ...]
     shared: frozenset[str] = field(default_factory=frozenset)
+    weights: tuple[UnitWeights, ...] = ()
+
+    def weights_along(self, name: str) -> tuple[float, ...] | None:
+        """The weight of every unit whose output the parameter ``name`` reads, a number for each of its columns.
+
+        ``None`` where no unit of it is weighed, or its columns are no units.
+        """
+        found = _LAYER.search(name.rpartition(".")[0])
+        if found is None or found[2] not in _COLUMNS:
+            return None
+        layer, heads = int(found[1]), _COLUMNS[found[2]][0] == "heads"
+        width, count = (self.shape.head_size, self.shape.heads) if heads else (1, self.shape.units)
+        weights = [0.0] * (width * count)
+        here = [entry for entry in self.weights if layer in entry.layers and (entry.heads if heads else entry.units)]
+        for entry in here:
+            for first, last in ranges_of(entry.heads if heads else entry.units, width):
+                weights[first:last] = [entry.weight] * (last - first)
+        return tuple(weights) if here else None
 
     @property
     def expansion(self) -> Expansion | None:
@@ -267,17 +344,25 @@ class DenseBlocks:
 
     def as_layout(self) -> dict[str, Any]:
         """As plain JSON values; :meth:`from_layout` reads them."""
-        return {
+        layout = {
             "layers": list(self.layers),
             "mlp_units": list(self.units),
             "heads": list(self.heads),
             "shared": sorted(self.shared),
         }
+        if self.weights:  # of training alone
+            layout["weights"] = [
+                {"layers": list(e.layers), "mlp_units": list(e.units), "heads": list(e.heads), "weight": e.weight}
+                for e in self.weights
+            ]
+        return layout
 
     @classmethod
     def from_layout(cls, layout: Mapping[str, Any], shape: Shape) -> DenseBlocks:
         """The blocks that :meth:`as_layout` wrote, checked against a model's shape. Raises ``UserError``."""
-        return UnitsConfig(layout["mlp_units"], layout["heads"], layout["layers"], layout["shared"]).resolve(shape)
+        weights = tuple(layout.get("weights", ()))
+        config = UnitsConfig(layout["mlp_units"], layout["heads"], layout["layers"], layout["shared"], weights)
+        return config.resolve(shape)
 
 
 def _unsupported(name: str) -> UserError:

@@ -120,8 +120,28 @@ def row_loss(logits: Tensor, row: Row) -> Tensor:
     return (logits.log_softmax(-1)[torch.arange(len(row.tokens)), row.tokens] * row.weights).sum()
 
 
-def own_gradients(model: Any, row: Row) -> dict[str, Tensor]:
-    """Of one rollout alone, by plain autograd, under its gate and its alpha."""
+WEIGHTS = (  # of units, entry by entry: (layers, MLP units, heads, weight)
+    ((0, 2), (0, 2), (), 0.5),
+    ((2,), (7, 8), (1, 2), -1.5),
+    ((0,), (), (3,), 1.0),
+)
+
+
+def unit_weights(name: str, count: int) -> Tensor:
+    """The weight of every input of the projection ``name``; heads are of 4 inputs."""
+    found = torch.zeros(count, dtype=torch.float64)
+    for layers, units, heads, weight in WEIGHTS:
+        if any(f"layers.{layer}." in name for layer in layers):
+            if "down_proj" in name:
+                found[list(units)] = weight
+            else:
+                for head in heads:
+                    found[4 * head : 4 * head + 4] = weight
+    return found
+
+
+def own_gradients(model: Any, row: Row, weighed: bool = False) -> dict[str, Tensor]:
+    """Of one rollout alone, by plain autograd, under its gate and its alpha; ``weighed``: alpha of every unit alone."""
     parameters = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     used = dict(parameters)
     for name, p in parameters.items():
@@ -135,6 +155,8 @@ def own_gradients(model: Any, row: Row) -> dict[str, Tensor]:
 
         def hook(_module, inputs):
             alpha = alpha_T2[:, 1:] * flags + alpha_T2[:, :1] * (1 - flags)
+            if weighed:
+                alpha = alpha + (1 - alpha) * unit_weights(name, len(flags))
             return (alpha * inputs[0] + (1 - alpha) * inputs[0].detach(),)
 
         return hook
@@ -150,11 +172,13 @@ def own_gradients(model: Any, row: Row) -> dict[str, Tensor]:
     return dict(zip(parameters, found, strict=True))
 
 
-def expected_gradients(model: Any, rows: Sequence[Row], shared=lambda name: False) -> dict[str, Tensor]:
+def expected_gradients(
+    model: Any, rows: Sequence[Row], shared=lambda name: False, weighed: bool = False
+) -> dict[str, Tensor]:
     """The sum over rollouts of the allowed parts of their own gradients."""
     totals = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for row in rows:
-        for name, own in own_gradients(model, row).items():
+        for name, own in own_gradients(model, row, weighed).items():
             flags = quarantine_of(name, own.shape)
             allowed = flags * row.update[1] + (1 - flags) * row.update[0]
             totals[name] += own * (max(row.update) if shared(name) else allowed)

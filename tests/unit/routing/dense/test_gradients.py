@@ -9,6 +9,7 @@ import torch
 
 from tests.unit.routing.dense.reference import (
     CHOSEN,
+    WEIGHTS,
     draw_rows,
     expected_gradients,
     make_model,
@@ -24,14 +25,16 @@ KEEP, ABSORB, ROUTE = ((1, 0), (1, 0)), ((1, 1), (1, 1)), ((1, 1), (0, 1))
 ON = (1, 1)
 
 
-def blocks(model, *shared: str) -> DenseBlocks:
-    config = UnitsConfig(list(CHOSEN["units"]), "2-3", list(CHOSEN["layers"]), shared)
+def blocks(model, *shared: str, weighed: bool = False) -> DenseBlocks:
+    weights = tuple(dict(zip(("layers", "mlp_units", "heads", "weight"), entry, strict=True)) for entry in WEIGHTS)
+    weights = weights if weighed else ()
+    config = UnitsConfig(list(CHOSEN["units"]), "2-3", list(CHOSEN["layers"]), shared, weights)
     return config.resolve(Shape.of(model.config.to_dict()))
 
 
-def routed_gradients(model, rows, *shared: str, checkpointing: bool = False):
+def routed_gradients(model, rows, *shared: str, checkpointing: bool = False, weighed: bool = False):
     model = copy.deepcopy(model)
-    context = install_blocks(model, blocks(model, *shared))
+    context = install_blocks(model, blocks(model, *shared, weighed=weighed))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
@@ -104,6 +107,25 @@ def test_alpha_of_every_token_alone():
         alpha = torch.rand(len(row.tokens), 2, generator=generator, dtype=torch.float64) * 2 - 1
         rows.append(type(row)(row.tokens, row.weights, row.gate, row.update, alpha))
     agree(routed_gradients(model, rows), expected_gradients(model, rows))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_alpha_of_every_token_and_unit(checkpointing):
+    """Some units are half out, some all, some are pushed the other way; gates of other rollouts beside them."""
+    model, generator = make_model(), torch.Generator().manual_seed(4)
+    rows = draw_rows([ABSORB, KEEP, (ON, ON, (0, 1)), ((0, 1), ON, (-0.75, 0.5))])
+    alpha = torch.rand(len(rows[0].tokens), 2, generator=generator, dtype=torch.float64) * 2 - 1
+    rows[0] = type(rows[0])(rows[0].tokens, rows[0].weights, rows[0].gate, rows[0].update, alpha)
+    expected = expected_gradients(model, rows, weighed=True)
+    agree(routed_gradients(model, rows, weighed=True, checkpointing=checkpointing), expected)
+    without = expected_gradients(model, rows)
+    assert max(float((without[name] - value).abs().max()) for name, value in expected.items()) > 0.1
+
+
+def test_weights_of_units_change_nothing_where_no_alpha_is_set():
+    model, rows = make_model(), draw_rows([KEEP, ABSORB, ROUTE])
+    found, plain = (routed_gradients(model, rows, weighed=weighed) for weighed in (True, False))
+    assert all(torch.equal(found[name], value) for name, value in plain.items())
 
 
 def test_the_reference_tells_the_variants_apart():

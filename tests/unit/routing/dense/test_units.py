@@ -43,6 +43,46 @@ def test_grouped_heads():
 def test_layout_comes_back():
     found = blocks(mlp_units="1-3,9", heads="0-3", layers=2, shared=["norms", "attention"])
     assert DenseBlocks.from_layout(found.as_layout(), SHAPE) == found
+    weighed = blocks(mlp_units=3, heads="0-3", layers="1-2", weights=[{"heads": "2", "mlp_units": 2, "weight": 0.25}])
+    assert DenseBlocks.from_layout(weighed.as_layout(), SHAPE) == weighed != blocks(mlp_units=3, heads=4, layers="1-2")
+
+
+def test_weights_of_units_are_a_number_for_each_column():
+    weights = [{"mlp_units": "1,9-10", "weight": 0.5}, {"layers": [2], "heads": "1", "weight": -2}]
+    found = blocks(mlp_units=3, heads="4-7", layers="1-2", weights=weights)
+    mlp = found.weights_along("model.layers.1.mlp.down_proj.weight")
+    assert mlp is not None and [n for n, w in enumerate(mlp) if w] == [1, 9, 10] and len(mlp) == 200 and max(mlp) == 0.5
+    heads = found.weights_along("model.layers.2.self_attn.o_proj.weight")
+    assert heads == (0,) * 3 + (-2.0,) * 3 + (0,) * 18
+    for name in ("layers.1.self_attn.o_proj.weight", "layers.0.mlp.down_proj.weight", "layers.1.mlp.up_proj.weight"):
+        assert found.weights_along(f"model.{name}") is None
+    assert found.weights_along("model.embed_tokens.weight") is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"weight": 0.5}, "weights.mlp_units=None: it names none"),
+        ({"mlp_units": 1}, "weights.weight=None: give a number of at most 1"),
+        ({"mlp_units": 1, "weight": 1.5}, "weights.weight=1.5: give a number of at most 1"),
+        ({"mlp_units": 1, "weight": float("nan")}, "weights.weight=nan"),
+        ({"mlp_units": "200", "weight": 0.5}, "weights.mlp_units='200': the model has MLP units 0 to 199"),
+        ({"mlp_units": 1, "layers": "0", "weight": 0.5}, "weights.layers='0': .*layers with a quarantine, 1, 2"),
+        ({"heads": 1, "weight": 0.5}, "weights.heads=1: the quarantine has no heads"),
+        ({"unit": 1, "weight": 0.5}, "weights='unit'"),
+    ],
+)
+def test_bad_weights_of_units(entry, told):
+    with pytest.raises(UserError, match=told):
+        blocks(mlp_units=3, layers="1-2", weights=[entry])
+
+
+def test_a_unit_has_one_weight():
+    entries = [{"mlp_units": "4-5", "weight": 0.5}, {"mlp_units": "4", "layers": "2", "weight": 0.5}]
+    with pytest.raises(UserError, match=r"unit 4 of layer 2.*named twice"):
+        blocks(mlp_units=3, layers="1-2", weights=entries)
+    with pytest.raises(UserError, match="give a list"):
+        blocks(mlp_units=3, weights={"mlp_units": 1, "weight": 0.5})
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.gate_up_proj", "transformer.h.0.mlp.c_fc.weight", "x"])
