@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import sys
+from pathlib import Path
 
-GROUPS = ("grad_routing", "grad_routing/hardware", "grad_routing/environment")
+CONF = Path(__file__).parent / "conf"
+GROUPS = ("grad_routing", *sorted(f"grad_routing/{p.name}" for p in (CONF / "grad_routing").iterdir() if p.is_dir()))
 
 
 def misspelt_group(override: str) -> str | None:

@@ -9,7 +9,7 @@ import torch
 from tests.engine.rollouts import HIDDEN, LAYERS, RICH
 from tests.engine.world import World, scenario
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.probe import Pool, Project
+from verl_grad_routing.training.probe import Pool, Project, Projections
 
 FEEDS = {
     "packed": {},
@@ -40,6 +40,10 @@ def probe(world: World) -> dict[str, Any]:
             found[prefix + name] = {"pooled": output["activation_pooled"]}
             output = world.infer(engine, world.rollouts, table=None, probe=Project(some, vectors()), **feed)
             found[prefix + name]["scores"] = output["activation_scores"]
+    parts = (Project((2,), vectors()[:1, :1]), Project(some, vectors(), features=True))
+    for feed in ("packed", "padded rows of two"):
+        output = world.infer(engine, world.rollouts, table=None, probe=Projections(parts, "s"), **FEEDS[feed])
+        found[f"features {feed}"] = {name: value for name, value in output.items() if name.startswith("s")}
     request = {"table": None, "probe": Pool(every)}
     found["ablated"] = world.infer(engine, world.rollouts, ablate_quarantine=True, **request)["activation_pooled"]
     with engine.disable_adapter():

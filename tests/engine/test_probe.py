@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.engine.rollouts import HIDDEN, LAYERS
+from tests.engine.scenarios_probe import vectors
+from verl_grad_routing.directions import project
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -44,6 +46,17 @@ def test_projections(feed, world, expected):
     vectors = torch.randn(2, 2, HIDDEN, generator=generator, dtype=torch.float64)
     want = [torch.stack([(row[[LAYERS - 1, 0]] * v).sum() / 2 for v in vectors]) for row in expected["policy"]]
     close(world["probe"][feed]["scores"], want)
+
+
+@pytest.mark.parametrize("feed", ["packed", "padded rows of two"])
+def test_features_are_what_was_projected(feed, world):
+    """Handed over beside the projections: a later direction gives them the scores that a worker would have given."""
+    found, pooled = world["probe"][f"features {feed}"], world["probe"][feed]["pooled"]
+    assert sorted(found) == ["s", "s_features_1"]
+    for scores, features, row in zip(found["s"], found["s_features_1"], pooled, strict=True):
+        features_1Ld = features.view(1, 2, HIDDEN)
+        assert torch.equal(features_1Ld[0], row.view(LAYERS, HIDDEN)[[LAYERS - 1, 0]])
+        assert torch.equal(project(features_1Ld, vectors())[0], scores[1:])
 
 
 def test_activations_of_the_ablated_and_the_bare_model(world, expected):

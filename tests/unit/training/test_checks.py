@@ -243,12 +243,12 @@ BAD |= {
         "give a number of rollouts",
     ),
     "a history scored again on a direction that never changes": (
-        [*RESCORED],
+        [*RESCORED, "grad_routing.detector.score_pass=policy"],
         "grad_routing.gate.rescore=True",
         "(detector.refresh_every=0)",
     ),
     "a history scored again in the reference pass": (
-        [*RESCORED, "grad_routing.detector.refresh_every=5", f"{ACTOR}.use_kl_loss=true"],
+        [*RESCORED, "grad_routing.detector.refresh_every=5"],  # auto, beside the pass of the KL term
         "grad_routing.gate.rescore=True",
         "(detector.score_pass=reference)",
     ),
@@ -260,7 +260,7 @@ BAD |= {
     "a shadow's history scored again": (
         [
             "grad_routing.compare=[{name: mine, preset: persona, gate: {window: 64, rescore: true}, detector: "
-            "{pairs: ${grad_routing.environment.pairs}}}]"
+            "{pairs: ${grad_routing.environment.pairs}, score_pass: policy}}]"
         ],
         "grad_routing.compare.mine: grad_routing.gate.rescore=True",
         "(detector.refresh_every=0)",
@@ -269,7 +269,7 @@ BAD |= {
 
 
 def test_a_history_scored_again_on_a_direction_that_changes(folder: Path) -> None:
-    check(folder, *RESCORED, "grad_routing.detector.refresh_every=5")
+    check(folder, *RESCORED, "grad_routing.detector.refresh_every=5", "grad_routing.detector.score_pass=policy")
     check(folder, *RESCORED, preset="persona_grad")
 
 
@@ -468,7 +468,7 @@ def test_bad_input_of_dense_blocks(folder: Path, name: str) -> None:
         [APART],
         [APART, f"{OFF}_advantages=together", f"{OFF}_share=0.125"],
         [*TWO_ADAPTERS, f"{ROLLOUT}.agent.default_agent_loop=choosing_single_turn_agent"],
-        [*TWO_ADAPTERS, "+grad_routing/seeds=one"],
+        [*TWO_ADAPTERS],  # the environment's requests are seeded
     ],
     ids=str,
 )

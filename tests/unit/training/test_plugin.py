@@ -106,3 +106,13 @@ def test_misspelt_groups_are_recognised(argument: str, meant: str | None) -> Non
 def test_what_users_may_import_first_registers_without_a_circle(module: str) -> None:
     done = python(f"import verl_grad_routing.training.{module}")
     assert done.returncode == 0 and "could not register" not in done.stderr, done.stderr[-2000:]
+
+
+def test_every_group_of_ours_is_known() -> None:
+    from verl_grad_routing.command_line import GROUPS, misspelt_group
+
+    assert set(GROUPS) == {
+        "grad_routing",
+        *(f"grad_routing/{n}" for n in ("environment", "hardware", "rollout", "seeds")),
+    }
+    assert not any(misspelt_group(f"+{group}=one") for group in GROUPS)
