@@ -190,6 +190,7 @@ def engine_killed(environment: Path, cluster: str, tmp_path_factory: pytest.Temp
         *SMALL,
         *LABELLED_BY_LETTERS,
         *BY_REQUEST,
+        "grad_routing.blocks.ablate_at_deployment=true",  # the preset deploys both blocks
         "actor_rollout_ref.actor.optim.lr=0.005",  # after one step the policies of both kinds are far apart
         "grad_routing.detector.min_cluster_share=0.25",  # so that some group of four keeps two rollouts
         "grad_routing.blocks.init=pissa_split",
