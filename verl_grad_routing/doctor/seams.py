@@ -80,7 +80,7 @@ _TABLE: dict[str, dict[str, str | None]] = {
     },
     "verl.workers.rollout.replica": {
         "RolloutReplicaRegistry.register": "cls name loader",
-        "TokenOutput.extra_fields": None,
+        "TokenOutput": None,
     },
     "verl.workers.rollout.vllm_rollout.vllm_async_server": {
         "vLLMHttpServer.run_server": "self args",
