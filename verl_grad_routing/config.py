@@ -60,6 +60,9 @@ class BlockOptimConfig:
             key, decay = f"weight_decay_{block}", getattr(self, f"weight_decay_{block}")
             if decay is not None and not (_is_number(decay) and decay >= 0):
                 raise UserError(key, decay, "give a number of at least 0, or null for actor.optim.weight_decay")
+        for key in ("decay_to_start", "clip_jointly", "freeze_inactive"):
+            if not isinstance(getattr(self, key), bool):
+                raise UserError(key, getattr(self, key), "give true or false")
         if self.mean_over not in MEANS:
             raise UserError("mean_over", self.mean_over, f"known: {', '.join(MEANS)}")
 

@@ -39,6 +39,7 @@ STRICT_OPTIM = {
 SGTM_OPTIM = {
     **{f"betas_{block}": [0.9, 0.95] for block in ("deployed", "quarantine")},
     **{f"weight_decay_{block}": 0.1 for block in ("deployed", "quarantine")},
+    "freeze_inactive": False,
 }
 RANKS = {"deployed_rank": 8, "quarantine_rank": 8}
 SHARES = {Route.ROUTE: 0.5, Route.ABSORB: 0.25, Route.KEEP: 0.25}

@@ -238,7 +238,7 @@ def view_for(detector: Detector, full: BatchView) -> BatchView:
     """
     hidden = set(GUARDED - detector.reads)
     if not detector.needs_directions:
-        hidden |= {"activation_scores_BD", "activation_token_scores"}
+        hidden |= {"activation_scores_BD", "activation_token_scores", "features_BLd"}
     if not detector.scores_tokens:
         hidden.add("activation_token_scores")
     if not detector.needs_fingerprints:

@@ -26,7 +26,7 @@ class FeatureBuffer:
     def take(self, features_BLd: Tensor, keep: int) -> None:
         """Add a batch and forget all but the newest ``keep`` rollouts."""
         kept = features_BLd if self.features_NLd is None else torch.cat([self.features_NLd, features_BLd])
-        self.features_NLd = kept[-keep:].clone()  # a slice would keep all of it in memory
+        self.features_NLd = kept[max(len(kept) - keep, 0) :].clone()  # a slice would keep all of it in memory
 
     def to_state(self) -> dict[str, Any]:
         return {"features_NLd": self.features_NLd, "stale": self.stale}

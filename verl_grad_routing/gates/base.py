@@ -129,13 +129,17 @@ class Gate(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors, exact."""
-        return {"name": self.name, "seen": self._seen, "mean": self._mean, "sum_squares": self._sum_squares}
+        moments = {"seen": self._seen, "mean": self._mean, "sum_squares": self._sum_squares}
+        return {"name": self.name, "rescore": self.rescores, **moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state_dict``. Raises ``UserError`` when it comes from another gate."""
+        """Restore ``state_dict``. Raises ``UserError`` when it is another gate's, or one's that rescores unlike this."""
         if state.get("name") != self.name:
             fix = f"the checkpoint was written with {state.get('name')!r}; set the same or start a new run"
             raise UserError("grad_routing.gate.name", self.name, fix)
+        if state.get("rescore", False) != self.rescores:
+            fix = f"the checkpoint's run has {not self.rescores}, and features or none; set the same or start a new run"
+            raise UserError("grad_routing.gate.rescore", self.rescores, fix)
         self._seen, self._mean, self._sum_squares = state["seen"], state["mean"], state["sum_squares"]
 
 

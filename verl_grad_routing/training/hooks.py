@@ -71,7 +71,7 @@ class EngineHook:
         return None
 
     def transform_gradients(self, blocks: Blocks, recompute: Callable[[], None]) -> None:
-        """Change ``.grad`` of the blocks' parameters in place, before clipping; ``None`` in a block without mass.
+        """Change ``.grad`` of the blocks' parameters in place, before clipping; ``None`` or 0 in one without mass.
 
         ``recompute()`` replaces every ``.grad`` by the same mini-batch's at the parameters as they are then. All ranks
         must call it equally often.

@@ -252,6 +252,21 @@ BAD |= {
         "grad_routing.gate.rescore=True",
         "(detector.score_pass=reference)",
     ),
+    "a history of one step scored again": (
+        [
+            "+grad_routing.gate.rescore=true",
+            "grad_routing.gate.window=128",
+            "grad_routing.detector.refresh_every=5",
+            "grad_routing.detector.score_pass=policy",
+        ],
+        "grad_routing.gate.window=128",
+        "a step alone has 128 rollouts",
+    ),
+    "no truth value": (
+        ["grad_routing.blocks.optim.freeze_inactive=no"],
+        "grad_routing.blocks.optim.freeze_inactive='no'",
+        "give true or false",
+    ),
     "a history scored again without a direction": (
         [*RESCORED, "~grad_routing.detector", "+grad_routing.detector={name: coinflip}"],
         "grad_routing.gate.rescore=True",
@@ -259,7 +274,7 @@ BAD |= {
     ),
     "a shadow's history scored again": (
         [
-            "grad_routing.compare=[{name: mine, preset: persona, gate: {window: 64, rescore: true}, detector: "
+            "grad_routing.compare=[{name: mine, preset: persona, gate: {window: 256, rescore: true}, detector: "
             "{pairs: ${grad_routing.environment.pairs}, score_pass: policy}}]"
         ],
         "grad_routing.compare.mine: grad_routing.gate.rescore=True",
@@ -391,12 +406,12 @@ BAD_SHARES = {
     "by request on verl's server": (
         [f"{OFF}_by=request", f"{OFF}_share=0.25"],
         f"{ROLLOUT}.name='vllm'",
-        "set vllm_two_adapters",
+        "set vllm_two_adapters, as +grad_routing/rollout=two_adapters behind the preset does",
     ),
     "two adapters and nobody who chooses": (
         [f"{ROLLOUT}.name=vllm_two_adapters"],
         f"{ROLLOUT}.name='vllm_two_adapters'",
-        "set vllm (quarantine_off_by=sync)",
+        "(quarantine_off_by=sync); set vllm, or",
     ),
     "requests that name no adapter": (
         [*TWO_ADAPTERS, f"{ROLLOUT}.agent.default_agent_loop=single_turn_agent"],
@@ -407,6 +422,11 @@ BAD_SHARES = {
         [*TWO_ADAPTERS, f"{MODEL}.lora.merge=true", f"{ROLLOUT}.dtype=bfloat16"],
         f"{OFF}_by='request'",
         "not whole weights",
+    ),
+    "pipeline stages": (
+        [*TWO_ADAPTERS, f"{ROLLOUT}.pipeline_model_parallel_size=2"],
+        f"{ROLLOUT}.pipeline_model_parallel_size=2",
+        "takes 1 only",
     ),
     "unknown way": ([f"{OFF}_by=adapter"], f"{OFF}_by", "sync or request"),
     "unknown gate": (["+grad_routing.intervention.quarantine_off_gate=open"], "quarantine_off_gate", "routed, sampled"),
@@ -474,6 +494,16 @@ def test_bad_input_of_dense_blocks(folder: Path, name: str) -> None:
 )
 def test_a_share_of_rollouts_without_the_quarantine(folder: Path, overrides: list[str]) -> None:
     check(folder, f"{OFF}_share=0.25", *overrides)
+
+
+WEIGHED = "grad_routing.blocks.units.weights=[{mlp_units: 100-199, weight: 0.5}]"
+
+
+def test_weights_of_units_need_a_factor_to_weigh(folder: Path) -> None:
+    check(folder, WEIGHED, preset="cloud")
+    check(folder, WEIGHED, "grad_routing.compare=[coinflip]", preset="cloud")  # a shadow need not weigh
+    with pytest.raises(UserError, match=r"blocks\.units\.weights=.*no route of this intervention weighs"):
+        check(folder, WEIGHED, preset="sgtm")
 
 
 @pytest.mark.parametrize("key", ["alpha", "off_target"])

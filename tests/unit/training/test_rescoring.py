@@ -117,6 +117,16 @@ def test_a_resumed_run_scores_the_same_history_again(before_refresh: bool, tmp_p
     assert metrics["gate/rescored"] == 2 * B
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_is_not_resumed_with_another_setting(saved: bool, tmp_path: Path) -> None:
+    gates = [{**GATES_RESCORED["history"], "rescore": rescore} for rescore in (saved, not saved)]
+    one, other = router(gates[0]), router(gates[1])
+    one.decide(view(one, 1))
+    one.save(str(tmp_path), {})
+    with pytest.raises(UserError, match=rf"grad_routing.gate.rescore={not saved}: the checkpoint's run has {saved}"):
+        other.load(str(tmp_path))
+
+
 def test_memory_is_the_windows() -> None:
     one = router({**GATES_RESCORED["history"], "rescore": True})
     for step in range(1, 8):

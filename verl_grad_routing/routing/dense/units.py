@@ -78,7 +78,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class UnitWeights:
-    """How much chosen units are taken out of what ROUTE does to activation gradients, see ``UnitsConfig.weights``.
+    """How much chosen units are taken out of the factors on activation gradients, see ``UnitsConfig.weights``.
 
     Attributes:
         layers: Layers, counted from 0.
@@ -108,7 +108,8 @@ class UnitsConfig:
         weights: Weights of single units, ``[{layers, mlp_units, heads, weight}]``, ``layers`` by default the
             quarantine's. A factor a on the gradient at such a unit's output becomes ``a + (1 - a) weight``: 1 takes the
             unit out, and where a is 0 the weight is the unit's own factor (Cloud et al., arXiv 2410.04332, eq. 1: alpha
-            is of data point, unit and edge). Units not named have 0. Any unit may be named, of either block.
+            is of data point, unit and edge), on every route. Units not named have 0. Any unit may be named, of either
+            block; where a block's factor is 1, as the quarantine's is while ``off_target`` is, its weights do nothing.
     """
 
     mlp_units: Any = None
@@ -118,9 +119,10 @@ class UnitsConfig:
     weights: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.weights, str | Mapping) or not all(isinstance(entry, Mapping) for entry in self.weights):
+        weights = () if self.weights is None else self.weights
+        if not isinstance(weights, list | tuple) or not all(isinstance(entry, Mapping) for entry in weights):
             raise UserError("weights", self.weights, "give a list: [{mlp_units: 0-9, weight: 0.5}, ...]")
-        object.__setattr__(self, "weights", tuple(self.weights))
+        object.__setattr__(self, "weights", tuple(weights))
         if isinstance(self.shared, str):
             raise UserError("shared", self.shared, f"give a list of names; known: {', '.join(SHARED)}")
         object.__setattr__(self, "shared", tuple(self.shared))
@@ -153,9 +155,10 @@ class UnitsConfig:
         if shape.tied and missing:
             fix = "this model's embedding is its head too: put embeddings and head into shared, or untie them"
             raise UserError("shared", list(self.shared), fix)
-        return DenseBlocks(shape, layers, units, heads, frozenset(self.shared), self._weights(shape, layers))
+        weights = self._weights(shape, layers, {"mlp_units": bool(units), "heads": bool(heads)})
+        return DenseBlocks(shape, layers, units, heads, frozenset(self.shared), weights)
 
-    def _weights(self, shape: Shape, layers: tuple[int, ...]) -> tuple[UnitWeights, ...]:
+    def _weights(self, shape: Shape, layers: tuple[int, ...], present: Mapping[str, bool]) -> tuple[UnitWeights, ...]:
         found, seen = [], set[tuple[int, str, int]]()
         for entry in self.weights:
             for key in entry:
@@ -168,7 +171,7 @@ class UnitsConfig:
                 raise UserError("weights.layers", given, fix)
             units = numbers("weights.mlp_units", entry.get("mlp_units"), shape.units, "MLP units")
             heads = numbers("weights.heads", entry.get("heads"), shape.heads, "query heads")
-            weight = entry.get("weight")
+            weight: Any = entry.get("weight")
             number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
             if not number or weight > 1:
                 raise UserError("weights.weight", weight, "give a number of at most 1; 1 takes the unit out")
@@ -176,8 +179,11 @@ class UnitsConfig:
                 raise UserError(
                     "weights.mlp_units", entry.get("mlp_units"), "it names none; give units, heads, or both"
                 )
-            for key, own_kind, chosen in (("mlp_units", units, self.mlp_units), ("heads", heads, self.heads)):
-                if own_kind and chosen in (None, 0):
+            for key in ("mlp_units", "heads"):
+                if type(entry.get(key)) is int:
+                    fix = f'a number would be the first {entry[key]}; name them, as in [{entry[key]}] or "0-9"'
+                    raise UserError(f"weights.{key}", entry[key], fix)
+                if (units if key == "mlp_units" else heads) and not present[key]:
                     fix = f"the quarantine has no {key}, so their gradients are not weighed; leave them out"
                     raise UserError(f"weights.{key}", entry[key], fix)
             named = {(at, kind, n) for at in own for kind, which in (("unit", units), ("head", heads)) for n in which}

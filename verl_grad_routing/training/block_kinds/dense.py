@@ -29,8 +29,6 @@ from verl_grad_routing.training.dense_step import DenseStep
 from verl_grad_routing.training.hooks import EngineHook
 from verl_grad_routing.training.masks import activation_gradients_of
 
-LATE = 10**9  # a step after every schedule
-
 if TYPE_CHECKING:
     from verl_grad_routing.training.checks.run import Run
     from verl_grad_routing.training.engine import RoutedFSDPEngine
@@ -59,9 +57,6 @@ class DenseUnits(BlockKind):
         if settings.blocks.hooks:
             fix = "engine hooks act on adapters; leave it empty with blocks.kind=dense"
             raise UserError("grad_routing.blocks.hooks", list(settings.blocks.hooks), fix)
-        if settings.blocks.units.weights and not run.methods.intervention.table_at(LATE).weighs_activations:
-            fix = "no route of this intervention weighs activation gradients, so units have nothing to be taken out of"
-            raise UserError("grad_routing.blocks.units.weights", settings.blocks.units.weights[0], fix)
         if run.reads_fingerprints:
             fix = "gradient fingerprints are taken from models with adapters; choose another detector"
             raise UserError("grad_routing.detector.name", settings.detector["name"], fix)

@@ -46,6 +46,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     warm_up.card,
     methods.pairs,
     methods.rescoring,
+    methods.unit_weights,
     methods.groups,
     methods.fingerprints,
     gradients.gradient_pass,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
+from verl_grad_routing.config import Methods
 from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.shadows import build_shadows, told_of
@@ -17,8 +17,7 @@ LATE = 10**9  # a step after every schedule
 def passes(run: Run) -> None:
     bypass = run.get("algorithm.rollout_correction.bypass_mode", False)
     if bypass and run.reads_activations:
-        kl = run.get("actor_rollout_ref.actor.use_kl_loss") or run.get("algorithm.use_kl_in_reward")
-        wanted = run.methods.detector.resolve_score_pass(bool(kl))
+        wanted = run.methods.detector.resolve_score_pass(_reference_in_actor(run))
         if wanted == "policy":
             fix = "bypass mode skips the log-prob pass that the detector reads; set false, or score_pass=ablated"
             raise UserError("algorithm.rollout_correction.bypass_mode", True, fix)
@@ -52,29 +51,49 @@ def pairs(run: Run) -> None:
         raise UserError("grad_routing.gate.name", run.settings.gate["name"], fix)
 
 
+def unit_weights(run: Run) -> None:
+    """Weights of units act on the activation gradients of the run's own method; methods in shadow have none of them."""
+    weights = run.settings.blocks.units.weights
+    if weights and not run.methods.intervention.table_at(LATE).weighs_activations:
+        fix = "no route of this intervention weighs activation gradients, so units have nothing to be taken out of"
+        raise UserError("grad_routing.blocks.units.weights", weights[0], fix)
+
+
 def rescoring(run: Run) -> None:
     """A history is scored again where a direction changes, from what the workers hand over."""
     if not run.routed:
         return
     key, compared = "grad_routing.gate.rescore", build_shadows(run.settings)
     if run.methods.gate.rescores:
-        _direction_changes(run, run.methods.detector, key)
+        _history_is_rescored(run, run.methods, key)
     for shadow in compared:
         with told_of(shadow.name):
             if shadow.methods.gate.rescores:
-                _direction_changes(run, shadow.methods.detector, key)
+                _history_is_rescored(run, shadow.methods, key)
 
 
-def _direction_changes(run: Run, detector: Any, key: str) -> None:
+def _history_is_rescored(run: Run, methods: Methods, key: str) -> None:
+    detector, gate = methods.detector, methods.gate
     if not detector.needs_directions:
         fix = f"{detector.name} projects on no direction that could change; set false"
         raise UserError(key, True, fix)
-    kl = run.get("actor_rollout_ref.actor.use_kl_loss") or run.get("algorithm.use_kl_in_reward")
-    where = detector.resolve_score_pass(bool(kl))
+    where = detector.resolve_score_pass(_reference_in_actor(run))
     if where == "reference" or not detector.config.refresh_every:
         why = f"score_pass={where}" if where == "reference" else "refresh_every=0"
         fix = f"the direction never changes (detector.{why}), so scores stay what they are; set false, or refresh it"
         raise UserError(key, True, fix)
+    while hasattr(gate, "inner"):
+        gate = gate.inner
+    rollouts = run.get("data.train_batch_size") * run.get("actor_rollout_ref.rollout.n", 1)
+    if gate.config.window <= rollouts:
+        fix = f"a step alone has {rollouts} rollouts, so no earlier one is remembered; give more, or rescore=false"
+        raise UserError("grad_routing.gate.window", gate.config.window, fix)
+
+
+def _reference_in_actor(run: Run) -> bool:
+    """Whether the actor makes a reference pass for a KL term: with adapters, which that pass switches off."""
+    kl = run.get("actor_rollout_ref.actor.use_kl_loss") or run.get("algorithm.use_kl_in_reward")
+    return bool(kl) and run.get("actor_rollout_ref.model.lora_rank", 0) > 0
 
 
 def groups(run: Run) -> None:

@@ -21,14 +21,17 @@ def two_adapters(run: Run) -> None:
         fix = "no rollout is sampled with the quarantine off (quarantine_off_share=0.0); set sync"
         raise UserError(key, "request", fix)
     if by_request != (rollout == ROLLOUT):
-        wanted = ROLLOUT if by_request else "vllm"
-        by = f"quarantine_off_by={settings.quarantine_off_by}"
-        fix = f"set {wanted} ({by}), as +grad_routing/rollout=two_adapters does"
+        fix = f"set {ROLLOUT}, as +grad_routing/rollout=two_adapters behind the preset does; or quarantine_off_by=sync"
+        if not by_request:
+            fix = "no request chooses its adapter (quarantine_off_by=sync); set vllm, or quarantine_off_by=request"
         raise UserError(ROLLOUT_KEY, rollout, fix)
     if not by_request:
         return
     if settings.blocks.kind != "adapters" or run.get("actor_rollout_ref.model.lora.merge", False):
         raise UserError(key, "request", "only adapters are chosen by request, not whole weights; set sync")
+    parallel = run.get("actor_rollout_ref.rollout.pipeline_model_parallel_size", 1)
+    if parallel != 1:
+        raise UserError("actor_rollout_ref.rollout.pipeline_model_parallel_size", parallel, "verl's vLLM takes 1 only")
     loop = run.get(LOOP_KEY, "single_turn_agent")
     if loop in VERLS_LOOPS:
         fix = f"its requests name no adapter; set {CHOOSING}, {SEEDED}, or one of your own that is a ChosenAdapter"

@@ -99,7 +99,7 @@ class Sampling(DeployedValidation):
                 fix = "the recorded batches hold rollouts sampled with the quarantine off; give the share of their run"
                 raise UserError("grad_routing.quarantine_off_share", 0.0, fix)
             return batch
-        if self.chosen_by_request:
+        if self.chosen_by_request and not self.settings.replay_dir:  # recordings may be of a run by sync
             self._require_chosen(part_of(batch, real_rows(batch)))
         batch = write(batch, {OFF: off_N})
         if self.settings.quarantine_off_unit == "rollout" and self.settings.quarantine_off_advantages == "together":

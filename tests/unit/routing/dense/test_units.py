@@ -43,7 +43,9 @@ def test_grouped_heads():
 def test_layout_comes_back():
     found = blocks(mlp_units="1-3,9", heads="0-3", layers=2, shared=["norms", "attention"])
     assert DenseBlocks.from_layout(found.as_layout(), SHAPE) == found
-    weighed = blocks(mlp_units=3, heads="0-3", layers="1-2", weights=[{"heads": "2", "mlp_units": 2, "weight": 0.25}])
+    weighed = blocks(
+        mlp_units=3, heads="0-3", layers="1-2", weights=[{"heads": "2", "mlp_units": "0-1", "weight": 0.25}]
+    )
     assert DenseBlocks.from_layout(weighed.as_layout(), SHAPE) == weighed != blocks(mlp_units=3, heads=4, layers="1-2")
 
 
@@ -63,12 +65,13 @@ def test_weights_of_units_are_a_number_for_each_column():
     ("entry", "told"),
     [
         ({"weight": 0.5}, "weights.mlp_units=None: it names none"),
-        ({"mlp_units": 1}, "weights.weight=None: give a number of at most 1"),
-        ({"mlp_units": 1, "weight": 1.5}, "weights.weight=1.5: give a number of at most 1"),
-        ({"mlp_units": 1, "weight": float("nan")}, "weights.weight=nan"),
+        ({"mlp_units": "1"}, "weights.weight=None: give a number of at most 1"),
+        ({"mlp_units": "1", "weight": 1.5}, "weights.weight=1.5: give a number of at most 1"),
+        ({"mlp_units": "1", "weight": float("nan")}, "weights.weight=nan"),
         ({"mlp_units": "200", "weight": 0.5}, "weights.mlp_units='200': the model has MLP units 0 to 199"),
-        ({"mlp_units": 1, "layers": "0", "weight": 0.5}, "weights.layers='0': .*layers with a quarantine, 1, 2"),
-        ({"heads": 1, "weight": 0.5}, "weights.heads=1: the quarantine has no heads"),
+        ({"mlp_units": "1", "layers": "0", "weight": 0.5}, "weights.layers='0': .*layers with a quarantine, 1, 2"),
+        ({"heads": [1], "weight": 0.5}, r"weights.heads=\[1\]: the quarantine has no heads"),
+        ({"mlp_units": 7, "weight": 0.5}, "weights.mlp_units=7: a number would be the first 7"),
         ({"unit": 1, "weight": 0.5}, "weights='unit'"),
     ],
 )
@@ -82,7 +85,12 @@ def test_a_unit_has_one_weight():
     with pytest.raises(UserError, match=r"unit 4 of layer 2.*named twice"):
         blocks(mlp_units=3, layers="1-2", weights=entries)
     with pytest.raises(UserError, match="give a list"):
-        blocks(mlp_units=3, weights={"mlp_units": 1, "weight": 0.5})
+        blocks(mlp_units=3, weights={"mlp_units": "1", "weight": 0.5})
+    with pytest.raises(UserError, match="give a list"):
+        blocks(mlp_units=3, weights=3)
+    assert blocks(mlp_units=3, weights=None).weights == ()
+    with pytest.raises(UserError, match="the quarantine has no heads"):
+        blocks(mlp_units=3, heads=[], weights=[{"heads": [1], "weight": 0.5}])
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.gate_up_proj", "transformer.h.0.mlp.c_fc.weight", "x"])
