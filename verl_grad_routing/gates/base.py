@@ -133,7 +133,7 @@ class Gate(ABC):
         return {"name": self.name, "rescore": self.rescores, **moments}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore ``state_dict``. Raises ``UserError`` when it is another gate's, or one's that rescores unlike this."""
+        """Restore ``state_dict``. Raises ``UserError`` when it is another gate's, or of one that rescores unlike it."""
         if state.get("name") != self.name:
             fix = f"the checkpoint was written with {state.get('name')!r}; set the same or start a new run"
             raise UserError("grad_routing.gate.name", self.name, fix)
