@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -64,8 +65,26 @@ def test_only_a_pass_that_asks_is_probed(trainer: Any) -> None:
 
 def test_each_detector_finds_its_own_columns(trainer: Any) -> None:
     trainer.activations = {"policy": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "reference": torch.tensor([[5.0], [6.0]])}
-    own, same, frozen = (trainer._activation_scores(reader).tolist() for reader in trainer.readers[:3])
-    assert (own, same, frozen) == ([[1.0], [3.0]], [[2.0], [4.0]], [[5.0], [6.0]])
+    found = [trainer._activation_scores(None, reader) for reader in trainer.readers[:3]]
+    assert [scores.tolist() for scores, _ in found] == [[[1.0], [3.0]], [[2.0], [4.0]], [[5.0], [6.0]]]
+    assert all(features is None for _, features in found)  # no gate asks for them
+
+
+def test_features_are_found_by_the_place_of_their_projection(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl_grad_routing.training.trainer import scoring
+
+    trainer.activations = {"policy": torch.zeros(2, 2)}
+    trainer.readers[1] = dataclasses.replace(trainer.readers[1], features=True)
+    assert [part.features for part in trainer._projections("policy").parts] == [False, True]
+    rows = torch.arange(2.0 * 2 * HIDDEN).view(2, -1)
+
+    def read(_: Any, column: str) -> Any:
+        assert column == "activation_scores_policy_features_1"
+        return {column: torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)}
+
+    monkeypatch.setattr(scoring, "read", read)
+    _, features_BLd = trainer._activation_scores(None, trainer.readers[1])
+    assert torch.equal(features_BLd, rows.view(2, 2, HIDDEN))
 
 
 def test_an_extra_forward_is_charged_to_who_needs_it(trainer: Any) -> None:

@@ -79,12 +79,12 @@ def trainer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(scoring, "load_pairs", lambda _: PAIRS)
     monkeypatch.setattr(Core, "_load_checkpoint", lambda self: None)
 
-    def make(name: str = "persona_grad", **settings: Any):
+    def make(name: str = "persona_grad", rescores: bool = False, **settings: Any):
         made = object.__new__(scoring.Scoring)
         pairs = {} if name == "random_grad" else {"pairs": "pairs.jsonl"}
         values = {"name": name, "rank": RANK, "targets": ["q_proj"], **pairs, **settings}
         made.detector = DETECTORS.build(values, "grad_routing.detector")
-        made.router = SimpleNamespace(pairs=None, token_score=None)
+        made.router = SimpleNamespace(pairs=None, token_score=None, gate=SimpleNamespace(rescores=rescores))
         made.actor_rollout_wg, made.timing_raw, made.routed = Workers(), {}, True
         made.tokenizer, made.ref_in_actor, made.use_reference_policy = Tokenizer(), True, True
         actor = SimpleNamespace(ppo_micro_batch_size_per_gpu=2, ppo_max_token_len_per_gpu=77)
@@ -113,7 +113,8 @@ def test_the_direction_is_that_of_the_pairs_gradients(trainer) -> None:
 def test_every_rollout_is_scored_and_no_pass_of_verls_is_read(trainer) -> None:
     made = trainer(score="cosine", score_pass="reference")
     batch = KVBatchMeta([f"k{row}" for row in range(5)], [{} for _ in range(5)], "train", None, {})
-    assert made._gradient_scores(batch, made.readers[0]).tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]]
+    scores_BD, features_BLd = made._gradient_scores(batch, made.readers[0])
+    assert scores_BD.tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]] and features_BLd is None
     asked = made.actor_rollout_wg.asked[-1]
     request = asked["bottleneck_gradients"]
     assert request.cosine and torch.equal(request.vectors_DMr, made.detector.directions_DLd)
@@ -121,6 +122,17 @@ def test_every_rollout_is_scored_and_no_pass_of_verls_is_read(trainer) -> None:
     assert made.timing_raw["gradient_scores"] > 0 and not made.readers[0].in_passes
     with made._probing(batch, "reference"):
         assert "probe" not in batch.extra_info
+
+
+def test_a_gate_that_scores_its_history_again_has_the_coordinates_handed_over(trainer) -> None:
+    made = trainer(rescores=True)
+    batch = KVBatchMeta(["k0", "k1"], [{}, {}], "train", None, {})
+    scores_BD, features_BLd = made._gradient_scores(batch, made.readers[0])
+    assert made.actor_rollout_wg.asked[-1]["bottleneck_gradients"].vectors_DMr is None
+    assert features_BLd is not None and features_BLd.shape == (2, 2, RANK)
+    directions_MR = made.detector.directions_DLd[0]
+    by_hand = [float((row * directions_MR).sum(1).mean()) for row in features_BLd]
+    assert scores_BD[:, 0].tolist() == pytest.approx(by_hand) and scores_BD.dtype == torch.float64
 
 
 def test_the_direction_is_taken_anew(trainer, monkeypatch: pytest.MonkeyPatch) -> None:
