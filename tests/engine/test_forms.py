@@ -77,8 +77,8 @@ def trained(values, form: str):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_gradients_are_the_sum_of_allowed_rollouts(form, name, world, slow, inputs, request):
-    if (form, name) == ("antipasto_lineage", "bf16"):  # docs/methods/bases.md; 0.03 with the other forms everywhere
-        reason = "in bf16 the quarantine's gradient is off by 0.15 to 0.7 of its norm, depending on CPU and ranks"
+    if (form, name) == ("antipasto_lineage", "bf16"):  # docs/methods/bases.md
+        reason = "in bf16 the quarantine's gradient can be far off, depending on CPU and ranks"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
     options, _, rich, tolerance = VARIANTS[name]
     own = slow(form, options.get("ranks", "equal"))
