@@ -5,17 +5,15 @@ Costs are whole steps without generation, of the method's main arm against ``van
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
 from verl_grad_routing.cards import MethodCard, card_of, check_cards, controls, method_cards
+from verl_grad_routing.compare.costs import REFERENCE, WARM_UP, cost_ratio
 from verl_grad_routing.compare.results import is_results, load_results
 from verl_grad_routing.compare.runs import Run, load_run
 from verl_grad_routing.errors import UserError
 
-REFERENCE = "vanilla_2r"
-WARM_UP = 3  # steps at the start of a run that are not timed
 NOT_MEASURED = "not measured"
 HEADER = (
     "method",
@@ -60,17 +58,16 @@ def scorecard_page(runs: Sequence[Path | str] = ()) -> str:
 
 def measured_costs(runs: Sequence[Path | str]) -> dict[str, str]:
     """By method: the ratio of its main preset's steps to the reference's, where there are runs of both."""
-    seconds: dict[tuple[str | None, str], list[float]] = {}
+    groups: dict[tuple[str | None, str], list[Run]] = {}
     for run in (one for folder in runs for one in _loaded(Path(folder))):
-        seconds.setdefault((run.record.environment, run.record.preset), []).extend(_step_seconds(run))
+        groups.setdefault((run.record.environment, run.record.preset), []).append(run)
     found: dict[str, str] = {}
-    for (environment, preset), times in seconds.items():
-        base = seconds.get((environment, REFERENCE))
+    for (environment, preset), own in groups.items():
+        cost = cost_ratio(own, groups.get((environment, REFERENCE), []))
         method = None if preset in controls() else card_of(preset)
-        if method is None or not (base and times) or preset != method_cards()[method].shipped[0]:
+        if method is None or cost is None or preset != method_cards()[method].shipped[0]:
             continue
-        ratio = f"{statistics.median(times) / statistics.median(base):.2f}"
-        ratio += f" ({environment})" if environment else ""
+        ratio = f"{cost:.2f}" + (f" ({environment})" if environment else "")
         found[method] = f"{found[method]}, {ratio}" if method in found else ratio
     return found
 
@@ -81,17 +78,10 @@ def _loaded(folder: Path) -> Sequence[Run]:
     return load_results(folder, allow_mixed_versions=True).runs if is_results(folder) else [load_run(folder)]
 
 
-def _step_seconds(run: Run) -> list[float]:
-    """Of every step after the warm-up that logged both: the whole step less generation."""
-    rows = [data for step, data in run.rows.items() if step > WARM_UP]
-    return [row["timing_s/step"] - row["timing_s/gen"] for row in rows if {"timing_s/step", "timing_s/gen"} <= set(row)]
-
-
 def _row(card: MethodCard, cost: str | None) -> list[str]:
     presets = ", ".join(f"`{name}`" for name in card.shipped) or "none yet"
-    oracle = card.oracle + (f"; {card.oracle_note}" if card.oracle_note else "")
     name = f"{card.title} ({card.source})"
-    return [name, presets, card.signal, oracle, card.deployment, card.unknown_hacks, cost or NOT_MEASURED]
+    return [name, presets, card.signal, card.assumed, card.deployment, card.unknown_hacks, cost or NOT_MEASURED]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,11 +1,14 @@
 """Interleaved A/B timing and the interval of its median ratio.
 
 A machine's speed drifts, so two variants are timed in turns (A, B, A, B, …) and compared pair by pair: the statistic is
-the median of the paired ratios, its interval the percentile bootstrap over pairs (Efron 1979).
+the median of the paired ratios, its interval the percentile bootstrap over pairs (Efron 1979). On a machine that is
+shared its speed also jumps, by half and for seconds: a pair during which it did compares two machines, and is measured
+again. Whether it did, a workload tells that has nothing to do with either variant (:func:`spin`).
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +16,10 @@ from typing import Any
 import numpy as np
 
 from verl_grad_routing.errors import UserError
+
+STEADY = 1.1  # fastest to slowest spin of a pair that counts
+AGAIN = 4  # times as many pairs as wanted are measured at most
+SPIN = 60_000  # additions, some milliseconds
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,24 @@ class RatioInterval:
         return asdict(self)
 
 
+def spin() -> float:
+    """Seconds that a fixed loop takes now; the better of two, for one may be interrupted."""
+    return min(_spin(), _spin())
+
+
+def _spin() -> float:
+    started, total = time.perf_counter(), 0
+    for number in range(SPIN):
+        total += number
+    return time.perf_counter() - started
+
+
 def interleave(
-    measure_a: Callable[[], float], measure_b: Callable[[], float], repeats: int, warmup: int = 3
+    measure_a: Callable[[], float],
+    measure_b: Callable[[], float],
+    repeats: int,
+    warmup: int = 3,
+    speed: Callable[[], float] = spin,
 ) -> tuple[list[float], list[float]]:
     """Call both in turns, A first, and collect what they return.
 
@@ -41,11 +64,25 @@ def interleave(
         measure_a, measure_b: Run the variant once and return its cost (seconds, say).
         repeats: Number of pairs kept.
         warmup: Number of pairs run first and dropped.
+        speed: Seconds of a fixed workload, called before, between and after both. A pair during which these differ by
+            more than ``STEADY`` is dropped and measured again, up to ``AGAIN * repeats`` pairs in all; if there are too
+            few steady pairs then, the steadiest of the others fill up.
     """
     if repeats < 1 or warmup < 0:
         raise UserError("repeats", repeats, "give at least one pair")
-    pairs = [(measure_a(), measure_b()) for _ in range(warmup + repeats)][warmup:]
-    return [a for a, _ in pairs], [b for _, b in pairs]
+    for _ in range(warmup):
+        measure_a(), measure_b()
+    pairs: list[tuple[float, float, float]] = []  # unsteadiness, A, B
+    while sum(pair[0] <= STEADY for pair in pairs) < repeats and len(pairs) < AGAIN * repeats:
+        speeds = [speed()]
+        a = measure_a()
+        speeds.append(speed())
+        b = measure_b()
+        speeds.append(speed())
+        pairs.append((max(speeds) / min(speeds), a, b))
+    limit = max(STEADY, sorted(pair[0] for pair in pairs)[repeats - 1])
+    kept = [pair for pair in pairs if pair[0] <= limit][:repeats]
+    return [a for _, a, _ in kept], [b for _, _, b in kept]
 
 
 def ratio_interval(

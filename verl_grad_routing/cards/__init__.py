@@ -61,6 +61,11 @@ class MethodCard:
         require_choice("oracle", self.oracle, ORACLE)
 
     @property
+    def assumed(self) -> str:
+        """``oracle`` with its note."""
+        return self.oracle + (f"; {self.oracle_note}" if self.oracle_note else "")
+
+    @property
     def shipped(self) -> list[str]:
         """The presets that match, in the order of the patterns."""
         found = [name for pattern in self.presets for name in fnmatch.filter(preset_names(), pattern)]

@@ -34,6 +34,7 @@ from verl_grad_routing.compare.obfuscation import CAPTION as PRESSURE_CAPTION
 from verl_grad_routing.compare.obfuscation import obfuscation_table
 from verl_grad_routing.compare.paired import estimate
 from verl_grad_routing.compare.results import Results, StoredRun, load_results
+from verl_grad_routing.compare.scorecard_table import scorecard_table
 from verl_grad_routing.compare.signal_table import signal_table, signal_values
 from verl_grad_routing.compare.tables import Table, cost_table
 from verl_grad_routing.errors import UserError
@@ -98,7 +99,7 @@ def comparison_tables(results: Results) -> list[Table]:
         tables += [absorption.absorption_table(results, place), leakage_report.grid_leakage_table(results, place)]
         tables += [signal_table(results, place), block_table(results, place)]
         tables += [seeds_table(results, place), _cost(results, place)]
-    tables += [settings_table(results), versions_table(results)]
+    tables += [scorecard_table(results), settings_table(results), versions_table(results)]
     return [table for table in tables if table is not None]
 
 
@@ -149,7 +150,7 @@ def _figures(results: Results) -> list[tuple[str, str, str]]:
 
 def _page(results: Results, tables: list[Table], figures: list[tuple[str, str, str]]) -> str:
     shown = [markup.figure(index, title, svg, caption) for index, (title, svg, caption) in enumerate(figures, start=1)]
-    words = {"Cells", "Arms", "Versions"}
+    words = {"Cells", "Scorecard", "Arms", "Versions"}
     html = {table.title: formats.to_html(table, text=table.title in words) for table in tables}
     body = [
         markup.finding_list([claim for place in _places(results) for claim in claims(results, place)]),
@@ -162,6 +163,8 @@ def _page(results: Results, tables: list[Table], figures: list[tuple[str, str, s
         markup.item_list(grid_notes(results), "notes"),
         "<h2>Words</h2>",
         markup.item_list([f"{word}: {meaning}." for word, meaning in WORDS.items()], "notes"),
+        "<h2>What each arm reads and assumes</h2>",
+        html["Scorecard"],
         "<h2>Settings and versions</h2>",
         html["Arms"],
         html["Versions"],

@@ -18,6 +18,7 @@ from verl_grad_routing.compare.contrasts import (
     contrasts,
     hack_by_type,
 )
+from verl_grad_routing.compare.costs import REFERENCE, WARM_UP
 from verl_grad_routing.compare.paired import ALPHA, POWER, STATEMENT_SEEDS, estimate, least_p
 from verl_grad_routing.compare.results import Results, StoredRun, differing
 from verl_grad_routing.compare.statistics import CONFIDENCE, Rate
@@ -166,7 +167,8 @@ def grid_notes(results: Results) -> list[str]:
     ]
     said.append(
         "Every run of an environment starts from the one model that was built for it, so no interval says what another "
-        "build would do. Cells that ran at the same time shared the machine: compare their times with care."
+        "build would do. Cells that ran at the same time shared the machine: compare their times with care. A cost is "
+        f"the median step without generation by that of {REFERENCE}, the first {WARM_UP} steps of each run left out."
     )
     for place in results.grid["environments"]:
         split = place["split"]

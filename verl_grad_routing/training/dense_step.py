@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -58,15 +59,19 @@ class DenseStep(BlockStep):
 
     def _clip(self, name: str) -> float:
         norm = self._norm(name)
-        torch.nn.utils.clip_grads_with_norm_(self.blocks[name], self.clip_norms[name], torch.tensor(norm))
+        self._limit(name, norm, self.clip_norms[name])
         return norm
 
     def _clip_jointly(self) -> dict[str, float]:
         norms = {name: self._norm(name) for name in self.blocks}
-        total = torch.tensor(sum(norm**2 for norm in norms.values()) ** 0.5)
-        for block in self.blocks.values():
-            torch.nn.utils.clip_grads_with_norm_(block, max(self.clip_norms.values()), total)
+        total = sum(norm**2 for norm in norms.values()) ** 0.5
+        for name in self.blocks:
+            self._limit(name, total, max(self.clip_norms.values()))
         return norms
+
+    def _limit(self, name: str, norm: float, limit: float) -> None:
+        if math.isfinite(limit):  # else it would be a pass over all gradients that multiplies by 1
+            torch.nn.utils.clip_grads_with_norm_(self.blocks[name], limit, torch.tensor(norm))
 
     def _norm(self, name: str) -> float:
         return self.parts.norm([part.grad for part in self.blocks[name] if part.grad is not None])

@@ -1,10 +1,11 @@
 """What trains each block in a mini-batch: counted in tokens and in rollouts, over all ranks.
 
-Shapes: B rollouts of this rank, R response tokens, 2 = (deployed, quarantine).
+Shapes: B rollouts of this rank, R response tokens of all of them, 2 = (deployed, quarantine).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +52,10 @@ def block_mass(data: TensorDict, group: Any) -> Mass:
     # verl's own rejection takes a rollout out of response_mask, which the losses read, and leaves loss_mask, their
     # denominator
     rows, counted = data["response_mask"].unbind(), data["loss_mask"].unbind()
-    tokens_B1, all_B1 = (torch.stack([row.sum() for row in mask]).to(update_N2)[:, None] for mask in (rows, counted))
+    tokens_B1, all_B1 = (_by_row(torch.cat(mask), mask).to(update_N2)[:, None] for mask in (rows, counted))
     if of_tokens(data):
         update_R2 = update_N2[predicting_positions(data, "response_mask")]  # of all rows' response tokens
-        own_R2 = torch.cat(rows).to(update_N2)[:, None] * update_R2
-        own_B2 = torch.stack([part.sum(0) for part in own_R2.split([len(mask) for mask in rows])])
+        own_B2 = _by_row(torch.cat(rows).to(update_N2)[:, None] * update_R2, rows)
         parts_B2 = own_B2 / tokens_B1.clamp(min=1)  # a rollout trains a block by the share of its tokens
     else:
         own_B2, parts_B2 = tokens_B1 * update_N2, (tokens_B1 > 0) * update_N2
@@ -64,3 +64,11 @@ def block_mass(data: TensorDict, group: Any) -> Mass:
     torch.distributed.all_reduce(totals, op=ReduceOp.SUM, group=group)
     nominal = tu.get_non_tensor_data(data, "global_batch_size", None)
     return Mass(totals[:2], totals[2:4], float(totals[4]), float(totals[5] if nominal is None else nominal))
+
+
+def _by_row(values_R: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """float64 [B, ...]: the sum over each row of values [R, ...] of all rows' tokens, in their order."""
+    lengths_B = torch.tensor([len(row) for row in rows], device=values_R.device)
+    owner_R = torch.arange(len(rows), device=values_R.device).repeat_interleave(lengths_B)
+    sums = values_R.new_zeros((len(rows), *values_R.shape[1:]), dtype=torch.float64)
+    return sums.index_add_(0, owner_R, values_R.to(torch.float64))

@@ -2,7 +2,9 @@
 
 In the one update of an on-policy step they are the very log-probs that the update computes, so no pass of their own is
 needed. A row of which one token alone is predicted under another gate is such a row as a whole: attention carries the
-difference to all tokens after it. Shapes: B rollouts of a micro-batch, R response tokens.
+difference to all tokens after it.
+
+Shapes: B rollouts of a micro-batch, T their tokens one after another, R those of the responses.
 """
 
 # The types that verl declares are narrower than what it passes.
@@ -15,10 +17,9 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from verl.workers.utils.padding import no_padding_2_padding
 
 from verl_grad_routing.routing import RoutingTable
-from verl_grad_routing.training.masks import OFF, TOKEN_ROUTE
+from verl_grad_routing.training.masks import OFF, TOKEN_ROUTE, predicting_positions
 
 CURRENT = "own_gate_current"
 """Non-tensor of a training batch: rows with a closed forward gate take the current log-probs as their old ones."""
@@ -28,7 +29,7 @@ def closed_rows(routes_B: Tensor, table: RoutingTable, token_routes: Sequence[Te
     """Rows whose forward gate differs from the open one that they were sampled under, at any position: bool [B].
 
     Args:
-        token_routes: Routes [R] of every row's response tokens, where routes are per token.
+        token_routes: Routes of every row's response tokens, where routes are per token.
     """
     gates_32, _ = table.as_tensors()
     closed_3 = (gates_32 != 1).any(dim=1).to(routes_B.device)
@@ -47,12 +48,17 @@ def with_current_log_probs(loss_function: Callable[..., Any], table: RoutingTabl
         if OFF in data:
             closed_B &= data[OFF] == 0
         if closed_B.any():
-            current_BR = no_padding_2_padding(model_output["log_probs"], data).detach()
-            old = list(data["old_log_probs"].unbind())
-            for row in closed_B.nonzero().flatten().tolist():
-                old[row] = current_BR[row, : len(old[row])].to(old[row].dtype)
+            current, old = model_output["log_probs"], data["old_log_probs"].unbind()
+            current_T = (current.values() if current.is_nested else current).detach()
+            current_R, old_R = current_T[predicting_positions(data, "old_log_probs")], torch.cat(old)
+            lengths = [len(row) for row in old]
+            lengths_B = torch.tensor(lengths, device=old_R.device)
+            closed_R = closed_B.to(old_R.device).repeat_interleave(lengths_B)
+            own_R = torch.where(closed_R, current_R.to(old_R), old_R)
+            offsets = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0))
             data = data.copy()  # the columns are shared
-            data["old_log_probs"] = torch.nested.as_nested_tensor(old, layout=torch.jagged)
+            widths = {"min_seqlen": min(lengths), "max_seqlen": max(lengths)}  # else padding is to all tokens' number
+            data["old_log_probs"] = torch.nested.nested_tensor_from_jagged(own_R, offsets, **widths)
         return loss_function(model_output=model_output, data=data, **kwargs)
 
     return loss

@@ -26,6 +26,7 @@ from verl_grad_routing.compare.grid_tables import (
 )
 from verl_grad_routing.compare.results import load_results, write_failed, write_finished
 from verl_grad_routing.compare.runs import load_run
+from verl_grad_routing.compare.scorecard_table import scorecard_table
 from verl_grad_routing.compare.signal_table import signal_table
 from verl_grad_routing.compare.tables import Table
 from verl_grad_routing.errors import UserError
@@ -185,6 +186,34 @@ def test_tables(results: Path) -> None:
     assert kinds is not None and kinds.header[1:3] == ["leak (known)", "blank (unknown)"]
     said = " ".join(grid_notes(found))
     assert "no p below 0.25, so none below 0.05" in said and "split test." in said and "choosing settings" not in said
+
+
+def test_the_scorecard_tells_what_each_arm_reads(results: Path) -> None:
+    """The cost is over both seeds' steps from the fourth on: 5 - 1 s against 3 - 1 s."""
+    for path in results.glob("toy.*.json"):
+        data = json.loads(path.read_text())
+        if data["status"] == "finished":
+            data["preset"] = "vanilla_2r" if data["arm"] == "off" else data["preset"]
+            step = 5.0 if data["arm"] == "persona" else 3.0
+            steps = list(range(1, 8))
+            times = {"timing_s/step": [step + 9 * (n < 4) for n in steps], "timing_s/gen": [1.0] * len(steps)}
+            data["curves"] |= {key: {"steps": steps, "values": values} for key, values in times.items()}
+            path.write_text(json.dumps(data))
+    table = scorecard_table(load_results(results))
+    assert table.header[-1] == "cost against vanilla_2r, toy"
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert [row[-1] for row in rows.values()] == ["1.00", "1.00", "2.00", "1.00"]
+    assert [row[2] for row in rows.values()] == ["no", "no", "no", "yes"]
+    assert rows["random"][0].startswith("control: a random direction") and "contrastive pairs" in rows["persona"][1]
+
+
+def test_a_preset_of_ones_own_has_no_card(make_run, write_grid, tmp_path: Path) -> None:
+    folder = made(make_run, write_grid, tmp_path, SEEDS)
+    path = folder / "grid.json"
+    path.write_text(path.read_text().replace('"preset": "random"', '"preset": "mine"'))
+    rows = {row[0]: row[1:] for row in scorecard_table(load_results(folder)).rows}
+    assert rows["random"] == ["preset mine, which has no card", *["–"] * 5]
+    assert rows["persona"][-1] == "–"  # no vanilla_2r beside it
 
 
 def test_numbers_of_the_selection_split_say_so(results: Path) -> None:

@@ -18,8 +18,23 @@ def test_interleaves_and_drops_the_warm_up():
     def measure(name):
         return lambda: calls.append(name) or float(len(calls))
 
-    a, b = interleave(measure("a"), measure("b"), repeats=2, warmup=1)
+    a, b = interleave(measure("a"), measure("b"), repeats=2, warmup=1, speed=lambda: 1.0)
     assert "".join(calls) == "ababab" and (a, b) == ([3.0, 5.0], [4.0, 6.0])
+
+
+def test_pairs_during_which_the_machine_changed_speed_are_measured_again():
+    count = iter(range(100))
+    speeds = iter([1.0, 1.0, 1.0, 1.0, 1.5, 1.5, 1.0, 1.0, 1.05])
+    a, b = interleave(lambda: next(count), lambda: next(count), repeats=2, warmup=0, speed=lambda: next(speeds))
+    assert (a, b) == ([0, 4], [1, 5])  # the second pair is dropped
+
+
+def test_where_no_pair_is_steady_the_steadiest_count():
+    count = iter(range(100))
+    third = iter([2.0, 1.2, 1.9, 1.3, *[3.0] * 4])
+    speeds = iter([value for last in third for value in (1.0, 1.0, last)])
+    a, _ = interleave(lambda: next(count), lambda: next(count), repeats=2, warmup=0, speed=lambda: next(speeds))
+    assert a == [2, 6] and next(count) == 16  # eight pairs, and no more
 
 
 def test_median_of_paired_ratios_and_its_interval():

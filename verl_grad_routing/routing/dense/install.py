@@ -31,6 +31,7 @@ class DenseContext(RoutingContext):
         super().__init__()
         self.activation_gradient: Tensor | None = None
         self.shared_mask: Tensor | None = None
+        self._gates_quarantine_alone = False
         self._sets: TokenSets | None = None
         self._shared_sets: TokenSets | None = None
 
@@ -44,11 +45,14 @@ class DenseContext(RoutingContext):
         """Masks of the next forward pass and of the backward pass that belongs to it; ones everywhere are none."""
         self.set(_unless_ones(forward_gate), _unless_ones(update_mask))
         self.activation_gradient, self.shared_mask = _unless_ones(activation_gradient), _unless_ones(shared_mask)
+        gate = self.forward_gate
+        self._gates_quarantine_alone = gate is not None and bool((gate[..., 0] == 1).all())
         self._sets, self._shared_sets = TokenSets.of(self.update_mask), TokenSets.of(self.shared_mask)
 
     def clear(self) -> None:
         super().clear()
         self.activation_gradient = self.shared_mask = self._sets = self._shared_sets = None
+        self._gates_quarantine_alone = False
 
     def update_of(self, role: Role | None) -> Tensor | None:
         """The update mask of a parameter with that role."""
@@ -65,6 +69,11 @@ class DenseContext(RoutingContext):
         if self.ablated:
             return torch.tensor([1.0, 0.0], device=like.device).expand(*(1,) * (like.ndim - 1), 2)
         return self.forward_gate
+
+    @property
+    def gates_quarantine_alone(self) -> bool:
+        """Whether :meth:`gate` is 1 for the deployed block of every token."""
+        return self.ablated or self._gates_quarantine_alone
 
 
 def _unless_ones(mask: Tensor | None) -> Tensor | None:
@@ -97,6 +106,7 @@ class DenseLinear(_Dense, nn.Linear):
             token_sets=context.sets_of(role),
             bias_mask=context.update_of(self.bias_role),
             forward_gate=context.gate(input) if units else None,
+            gates_quarantine_alone=context.gates_quarantine_alone,
             activation_gradient=context.activation_gradient if units and not context.ablated else None,
             unit_weights=self._weights_beside(input) if units else None,
         )

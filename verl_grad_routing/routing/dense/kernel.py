@@ -78,6 +78,7 @@ def unit_linear(
     token_sets: TokenSets | None = None,
     bias_mask: Tensor | None = None,
     forward_gate: Tensor | None = None,
+    gates_quarantine_alone: bool = False,
     activation_gradient: Tensor | None = None,
     unit_weights: Tensor | None = None,
 ) -> Tensor:
@@ -93,6 +94,7 @@ def unit_linear(
         token_sets: ``TokenSets.of(update_mask)``, which all layers of a pass share; ``None`` multiplies by the mask.
         bias_mask: The same for the bias, whose units are the rows'; other biases take the first column.
         forward_gate: ``[..., T, 2]``, which units' outputs are there; ``columns`` only.
+        gates_quarantine_alone: The gate's first column is 1 everywhere: only the quarantine's units are touched.
         activation_gradient: ``[..., T, 2]``, factors on the gradient of units' outputs; ``columns`` only.
         unit_weights: ``[I]``, how much each unit is taken out of these factors.
 
@@ -111,7 +113,7 @@ def unit_linear(
     flat = [flat_mask(name, mask, x) for name, mask in masks.items()]
     whole = update_mask is not None and update_mask.shape[:-1] == x.shape[:-1]  # positions are those of x
     sets = token_sets if whole else None
-    return _UnitLinear.apply(x, weight, bias, *flat, sets, unit_weights, side, tuple(ranges))
+    return _UnitLinear.apply(x, weight, bias, *flat, gates_quarantine_alone, sets, unit_weights, side, tuple(ranges))
 
 
 def _others(ranges: Sequence[Range], count: int) -> list[Range]:
@@ -120,11 +122,26 @@ def _others(ranges: Sequence[Range], count: int) -> list[Range]:
     return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if last > first]
 
 
-def _by_unit(values_TN: Tensor, mask_T2: Tensor | None, ranges: Sequence[Range], out: Tensor | None = None) -> Tensor:
-    """``values ⊙ mask``: the mask's second column over ``ranges``, its first elsewhere. ``out`` may be ``values``."""
+def _by_unit(
+    values_TN: Tensor,
+    mask_T2: Tensor | None,
+    ranges: Sequence[Range],
+    out: Tensor | None = None,
+    quarantine_alone: bool = False,
+) -> Tensor:
+    """``values ⊙ mask``: the mask's second column over ``ranges``, its first elsewhere.
+
+    ``out`` is ``values`` or a new tensor. ``quarantine_alone`` takes the first column as ones: its units stay.
+    """
     if mask_T2 is None:
         return values_TN
-    mask_T2, out = mask_T2.to(values_TN.dtype), torch.empty_like(values_TN) if out is None else out
+    mask_T2 = mask_T2.to(values_TN.dtype)
+    if quarantine_alone:
+        out = values_TN.clone() if out is None else out
+        for first, last in ranges:
+            out[:, first:last].mul_(mask_T2[:, 1, None])
+        return out
+    out = torch.empty_like(values_TN) if out is None else out
     for column, runs in enumerate((_others(ranges, values_TN.shape[1]), ranges)):
         for first, last in runs:
             torch.mul(values_TN[:, first:last], mask_T2[:, column, None], out=out[:, first:last])
@@ -153,22 +170,28 @@ def _weight_gradient(g_TO: Tensor, h_TI: Tensor, mask_T2: Tensor, side: Side, ra
     return gradient
 
 
-def _set_gradient(g_TO: Tensor, h_TI: Tensor, sets: TokenSets, side: Side, ranges: Sequence[Range]) -> Tensor:
+def _set_gradient(
+    g_TO: Tensor, h_TI: Tensor, sets: TokenSets, mask_T2: Tensor, side: Side, ranges: Sequence[Range]
+) -> Tensor:
     """The same for masks of zeros and ones: ``Σ_D g hᵀ``, and the quarantine's rows or columns of ``Σ_Q g hᵀ``.
 
     The first product has the quarantine's part too, which is written over: units may be scattered, and one product over
-    all of them takes less than one for each run between them.
+    all of them takes less than one for each run between them. The quarantine is narrow, so in its own product the
+    mask on its units takes less than picking its tokens out of both sides.
     """
     gradient = _at(g_TO, sets.deployed).t() @ _at(h_TI, sets.deployed)
     if not ranges or sets.quarantine is sets.deployed:
         return gradient
-    dim = int(side == "columns")
-    units, other = (h_TI, g_TO) if dim else (g_TO, h_TI)
-    theirs = _at(torch.cat([units[:, first:last] for first, last in ranges], dim=1), sets.quarantine)
-    other = _at(other, sets.quarantine)
-    product = other.t() @ theirs if dim else theirs.t() @ other
-    for (first, last), part in zip(ranges, product.split([b - a for a, b in ranges], dim), strict=True):
-        gradient.narrow(dim, first, last - first).copy_(part)
+    units, theirs = (h_TI, gradient.t()) if side == "columns" else (g_TO, gradient)
+    other = g_TO if side == "columns" else h_TI
+    mask_T1 = mask_T2[:, 1, None].to(units.dtype)
+    if len(ranges) == 1:
+        ((first, last),) = ranges
+        theirs[first:last] = (units[:, first:last] * mask_T1).t() @ other
+        return gradient
+    together = torch.cat([units[:, first:last] for first, last in ranges], dim=1).mul_(mask_T1).t() @ other
+    for (first, last), part in zip(ranges, together.split([last - first for first, last in ranges]), strict=True):
+        theirs[first:last] = part
     return gradient
 
 
@@ -189,6 +212,7 @@ class _UnitLinear(torch.autograd.Function):
         bias_update: Tensor | None,
         gate: Tensor | None,
         activation: Tensor | None,
+        quarantine_alone: bool,
         sets: TokenSets | None,
         unit_weights: Tensor | None,
         side: Side,
@@ -197,13 +221,13 @@ class _UnitLinear(torch.autograd.Function):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        h_TI = _by_unit(x.reshape(-1, x.shape[-1]).to(dtype), gate, ranges)
+        h_TI = _by_unit(x.reshape(-1, x.shape[-1]).to(dtype), gate, ranges, quarantine_alone=quarantine_alone)
         low_bias = bias.to(dtype) if autocast and bias is not None else bias
         y_TO = F.linear(h_TI, weight.to(dtype) if autocast else weight, low_bias)
         # The weight itself is saved, never a cast copy: sharded training frees and refills its storage.
         ctx.save_for_backward(h_TI if ctx.needs_input_grad[1] else None, weight, update, bias_update, gate, activation)
         ctx.sets, ctx.side, ctx.ranges, ctx.dtype, ctx.x_shape = sets, side, ranges, dtype, x.shape
-        ctx.unit_weights = unit_weights
+        ctx.quarantine_alone, ctx.unit_weights = quarantine_alone, unit_weights
         return torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1]))
 
     @staticmethod
@@ -226,17 +250,18 @@ class _UnitLinear(torch.autograd.Function):
                 dx_TI = torch.lerp(_by_unit(dx_TI, activation, ctx.ranges), dx_TI, w_I.expand_as(dx_TI))
                 activation = None
             factor = activation if gate is None else gate if activation is None else gate * activation
-            dx = _by_unit(dx_TI, factor, ctx.ranges, out=dx_TI).view(ctx.x_shape)
+            alone = ctx.quarantine_alone and activation is None
+            dx = _by_unit(dx_TI, factor, ctx.ranges, dx_TI, alone).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
             if update is None:
                 dW = g_TO.t() @ h_TI
             elif ctx.sets is None:
                 dW = _weight_gradient(g_TO, h_TI, update, ctx.side, ctx.ranges)
             else:
-                dW = _set_gradient(g_TO, h_TI, ctx.sets, ctx.side, ctx.ranges)
+                dW = _set_gradient(g_TO, h_TI, ctx.sets, update, ctx.side, ctx.ranges)
         if ctx.needs_input_grad[2]:
             db = _bias_gradient(g_TO, bias_update, ctx.ranges if ctx.side == "rows" else ())
-        return dx, dW, db, *(None,) * 8
+        return dx, dW, db, *(None,) * 9
 
 
 def _bias_gradient(g_TO: Tensor, mask_T2: Tensor | None, ranges: Sequence[Range]) -> Tensor:
