@@ -71,7 +71,8 @@ def interleave(
     if repeats < 1 or warmup < 0:
         raise UserError("repeats", repeats, "give at least one pair")
     for _ in range(warmup):
-        measure_a(), measure_b()
+        measure_a()
+        measure_b()
     pairs: list[tuple[float, float, float]] = []  # unsteadiness, A, B
     while sum(pair[0] <= STEADY for pair in pairs) < repeats and len(pairs) < AGAIN * repeats:
         speeds = [speed()]

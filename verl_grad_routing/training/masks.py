@@ -59,7 +59,8 @@ def predicting_positions(data: TensorDict, column: str) -> Tensor:
         column: Jagged, a value for every response token.
     """
     ends_B = data["input_ids"].offsets().diff().cumsum(0)
-    lengths_B = torch.tensor([len(row) for row in data[column].unbind()], device=ends_B.device)
+    values = data[column]
+    lengths_B = (values.offsets().diff() if values.lengths() is None else values.lengths()).to(ends_B.device)
     first_B = ends_B - lengths_B - 1
     index = torch.arange(int(lengths_B.sum()), device=ends_B.device)
     return index + (first_B - (lengths_B.cumsum(0) - lengths_B)).repeat_interleave(lengths_B)

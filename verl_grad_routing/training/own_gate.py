@@ -35,7 +35,9 @@ def closed_rows(routes_B: Tensor, table: RoutingTable, token_routes: Sequence[Te
     closed_3 = (gates_32 != 1).any(dim=1).to(routes_B.device)
     closed_B = closed_3[routes_B]
     if token_routes is not None:
-        closed_B = closed_B | torch.stack([closed_3[row].any() for row in token_routes])
+        lengths_B = torch.tensor([len(row) for row in token_routes], device=closed_B.device)
+        owner_R = torch.arange(len(closed_B), device=closed_B.device).repeat_interleave(lengths_B)
+        closed_B[owner_R[closed_3[torch.cat(tuple(token_routes))]]] = True
     return closed_B
 
 
