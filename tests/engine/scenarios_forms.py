@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +21,12 @@ VARIANTS: dict[str, tuple[dict, dict, bool, float]] = {
     "dynamic": ({}, {"max_tokens": 30}, True, 1e-5),
     "checkpointed": ({"checkpointing": True}, {"micro": 3}, False, 1e-5),
     "unequal ranks": ({"ranks": "unequal"}, {"micro": 3}, False, 1e-5),
-    "bf16": ({"dtype": "bf16"}, {"micro": 3}, False, 0.2),
+    "bf16": ({"dtype": "bf16"}, {"micro": 3}, False, 0.1),
 }
+
+# Variants whose old log-probs are the current ones: where PPO's clipping begins, log-probs that are rounded differently
+# decide over a token's whole gradient, and what is compared is no longer rounding.
+ON_POLICY = frozenset({"bf16"})
 
 
 def drawn_parts(inputs: Inputs, form: str, ranks: str) -> dict[str, torch.Tensor]:
@@ -59,8 +64,11 @@ def form_gradients(world: World) -> dict[str, Any]:
     for form in FORMS:
         for name, (options, feed, rich, _) in VARIANTS.items():
             engine = engine_of(world, form, **options)
-            loss = {"loss": RICH} if rich else {}
-            found[f"{form} {name}"] = world.gradients(engine, world.rollouts, **loss, **feed)
+            loss, rollouts = {"loss": RICH} if rich else {}, world.rollouts
+            if name in ON_POLICY:
+                current = world.infer(engine_of(world, form), rollouts)["log_probs"]
+                rollouts = [replace(row, old_log_probs=own) for row, own in zip(rollouts, current, strict=True)]
+            found[f"{form} {name}"] = world.gradients(engine, rollouts, **loss, **feed)
         with engine.disable_adapter():
             world.infer(engine, world.rollouts, table=None)
         found[f"{form} trains"] = list(world.gradients(engine, world.rollouts, micro=3))
