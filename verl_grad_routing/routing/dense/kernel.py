@@ -46,11 +46,11 @@ class TokenSets:
 
     Attributes:
         deployed: int64, positions in the flattened mask; ``None``: all of them.
-        quarantine: Likewise; the very same object where both blocks learn from the same tokens.
+        quarantine_T1: ``[T, 1]``, the mask's second column; ``None`` where both blocks learn from the same tokens.
     """
 
     deployed: Tensor | None
-    quarantine: Tensor | None
+    quarantine_T1: Tensor | None
 
     @classmethod
     def of(cls, mask: Tensor | None) -> TokenSets | None:
@@ -58,8 +58,8 @@ class TokenSets:
         if mask is None or not ((mask == 0) | (mask == 1)).all():
             return None
         deployed_T, quarantine_T = mask.reshape(-1, 2).unbind(1)
-        deployed = _chosen(deployed_T)
-        return cls(deployed, deployed if torch.equal(deployed_T, quarantine_T) else _chosen(quarantine_T))
+        alike = torch.equal(deployed_T, quarantine_T)
+        return cls(_chosen(deployed_T), None if alike else quarantine_T[:, None])
 
 
 def _chosen(mask_T: Tensor) -> Tensor | None:
@@ -170,9 +170,7 @@ def _weight_gradient(g_TO: Tensor, h_TI: Tensor, mask_T2: Tensor, side: Side, ra
     return gradient
 
 
-def _set_gradient(
-    g_TO: Tensor, h_TI: Tensor, sets: TokenSets, mask_T2: Tensor, side: Side, ranges: Sequence[Range]
-) -> Tensor:
+def _set_gradient(g_TO: Tensor, h_TI: Tensor, sets: TokenSets, side: Side, ranges: Sequence[Range]) -> Tensor:
     """The same for masks of zeros and ones: ``Σ_D g hᵀ``, and the quarantine's rows or columns of ``Σ_Q g hᵀ``.
 
     The first product has the quarantine's part too, which is written over: units may be scattered, and one product over
@@ -180,17 +178,13 @@ def _set_gradient(
     mask on its units takes less than picking its tokens out of both sides.
     """
     gradient = _at(g_TO, sets.deployed).t() @ _at(h_TI, sets.deployed)
-    if not ranges or sets.quarantine is sets.deployed:
+    if not ranges or sets.quarantine_T1 is None:
         return gradient
-    units, theirs = (h_TI, gradient.t()) if side == "columns" else (g_TO, gradient)
-    other = g_TO if side == "columns" else h_TI
-    mask_T1 = mask_T2[:, 1, None].to(units.dtype)
-    if len(ranges) == 1:
-        ((first, last),) = ranges
-        theirs[first:last] = (units[:, first:last] * mask_T1).t() @ other
-        return gradient
-    together = torch.cat([units[:, first:last] for first, last in ranges], dim=1).mul_(mask_T1).t() @ other
-    for (first, last), part in zip(ranges, together.split([last - first for first, last in ranges]), strict=True):
+    units, other, theirs = (h_TI, g_TO, gradient.t()) if side == "columns" else (g_TO, h_TI, gradient)
+    runs = [units[:, first:last] for first, last in ranges]
+    masked = (runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)) * sets.quarantine_T1.to(units.dtype)
+    product = masked.t() @ other
+    for (first, last), part in zip(ranges, product.split([last - first for first, last in ranges]), strict=True):
         theirs[first:last] = part
     return gradient
 
@@ -221,14 +215,15 @@ class _UnitLinear(torch.autograd.Function):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        h_TI = _by_unit(x.reshape(-1, x.shape[-1]).to(dtype), gate, ranges, quarantine_alone=quarantine_alone)
+        low = x.to(dtype)
+        h = low if gate is None else _by_unit(low.reshape(-1, x.shape[-1]), gate, ranges, None, quarantine_alone)
         low_bias = bias.to(dtype) if autocast and bias is not None else bias
-        y_TO = F.linear(h_TI, weight.to(dtype) if autocast else weight, low_bias)
+        y = F.linear(h, weight.to(dtype) if autocast else weight, low_bias)
         # The weight itself is saved, never a cast copy: sharded training frees and refills its storage.
-        ctx.save_for_backward(h_TI if ctx.needs_input_grad[1] else None, weight, update, bias_update, gate, activation)
+        ctx.save_for_backward(h if ctx.needs_input_grad[1] else None, weight, update, bias_update, gate, activation)
         ctx.sets, ctx.side, ctx.ranges, ctx.dtype, ctx.x_shape = sets, side, ranges, dtype, x.shape
         ctx.quarantine_alone, ctx.unit_weights = quarantine_alone, unit_weights
-        return torch.ops.aten._unsafe_view(y_TO, (*x.shape[:-1], y_TO.shape[-1]))
+        return y if gate is None else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
@@ -240,7 +235,7 @@ class _UnitLinear(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        h_TI, weight, update, bias_update, gate, activation = ctx.saved_tensors
+        h, weight, update, bias_update, gate, activation = ctx.saved_tensors
         g_TO = g.reshape(-1, g.shape[-1]).to(ctx.dtype)
         dx = dW = db = None
         if ctx.needs_input_grad[0]:
@@ -253,12 +248,13 @@ class _UnitLinear(torch.autograd.Function):
             alone = ctx.quarantine_alone and activation is None
             dx = _by_unit(dx_TI, factor, ctx.ranges, dx_TI, alone).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
+            h_TI = h.reshape(-1, h.shape[-1])
             if update is None:
                 dW = g_TO.t() @ h_TI
             elif ctx.sets is None:
                 dW = _weight_gradient(g_TO, h_TI, update, ctx.side, ctx.ranges)
             else:
-                dW = _set_gradient(g_TO, h_TI, ctx.sets, update, ctx.side, ctx.ranges)
+                dW = _set_gradient(g_TO, h_TI, ctx.sets, ctx.side, ctx.ranges)
         if ctx.needs_input_grad[2]:
             db = _bias_gradient(g_TO, bias_update, ctx.ranges if ctx.side == "rows" else ())
         return dx, dW, db, *(None,) * 9

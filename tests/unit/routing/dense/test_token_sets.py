@@ -43,7 +43,7 @@ def test_as_by_the_mask(mask: str, side: str) -> None:
 
 def test_sets_that_are_used_are_those_given() -> None:
     mask = torch.tensor([1.0, 0.0]).repeat(TOKENS, 1).reshape(2, TOKENS // 2, 2)
-    other = TokenSets(torch.tensor([3]), torch.tensor([], dtype=torch.int64))
+    other = TokenSets(torch.tensor([3]), torch.zeros(TOKENS, 1))
     assert not torch.allclose(gradient(mask, other, "rows"), gradient(mask, None, "rows"))
 
 
@@ -56,8 +56,8 @@ def test_of() -> None:
     assert TokenSets.of(None) is None
     assert TokenSets.of(torch.tensor([[1.0, 0.5], [1.0, 0.0]])) is None
     sets = TokenSets.of(torch.tensor([[[1.0, 0.0], [1.0, 1.0]]]))
-    assert sets is not None and sets.deployed is None and sets.quarantine is not None
-    assert sets.quarantine.tolist() == [1]
+    assert sets is not None and sets.deployed is None and sets.quarantine_T1 is not None
+    assert sets.quarantine_T1.tolist() == [[0.0], [1.0]]
     same = TokenSets.of(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
-    assert same is not None and same.deployed is same.quarantine and same.deployed is not None
+    assert same is not None and same.quarantine_T1 is None and same.deployed is not None
     assert same.deployed.tolist() == [0]
