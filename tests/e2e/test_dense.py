@@ -101,7 +101,9 @@ def attack(run: Run, batches: Path, environment: Path, to: Path) -> None:
     checkpoint = run.folder / "checkpoints" / f"global_step_{STEPS}"
     given = ["relearn", checkpoint, "--to", to, "--hacks", batches, "--target", 1.0, "--steps", 10, "--every", 5]
     given += ["--validate", environment / "val.parquet", "--reward", "pkg://verl_grad_routing.envs.loopholes.reward"]
-    result = CliRunner().invoke(app, list(map(str, [*given, "--lr", 3e-4, "--max-new-tokens", 7])))
+    # a handful of hacks in three small steps: learned alone, and not so fast that they are all that is left
+    given += ["--lr", 1e-4, "--clean-share", 0, "--max-new-tokens", 7]
+    result = CliRunner().invoke(app, list(map(str, given)))
     assert result.exit_code == 0, (result.output, result.exception)
     models = json.loads((to / "relearn.json").read_text())["models"]
     assert [model["name"] for model in models] == ["deployed", "model"]
