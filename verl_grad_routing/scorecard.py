@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from verl_grad_routing.cards import MethodCard, card_of, check_cards, controls, method_cards
-from verl_grad_routing.compare.costs import REFERENCE, WARM_UP, cost_ratio
+from verl_grad_routing.compare.costs import REFERENCE, WARM_UP, cost
 from verl_grad_routing.compare.results import is_results, load_results
 from verl_grad_routing.compare.runs import Run, load_run
 from verl_grad_routing.errors import UserError
@@ -34,8 +34,8 @@ from `verl_grad_routing/cards`; that a card names every signal that its presets'
 report is not repeated here: see the [paper index](../paper_index.md).
 """
 COSTS = f"""\
-Cost is the median time of a step without generation, divided by that of `{REFERENCE}` on the same environment, over the
-steps of all seeds, the first {WARM_UP} left out.
+Cost is the median time of a step without generation, the first {WARM_UP} left out, divided by that of `{REFERENCE}`
+on the same environment and seed: the median over seeds.
 """
 
 
@@ -63,11 +63,11 @@ def measured_costs(runs: Sequence[Path | str]) -> dict[str, str]:
         groups.setdefault((run.record.environment, run.record.preset), []).append(run)
     found: dict[str, str] = {}
     for (environment, preset), own in groups.items():
-        cost = cost_ratio(own, groups.get((environment, REFERENCE), []))
+        measured = cost(own, groups.get((environment, REFERENCE), []))
         method = None if preset in controls() else card_of(preset)
-        if method is None or cost is None or preset != method_cards()[method].shipped[0]:
+        if method is None or measured is None or preset != method_cards()[method].shipped[0]:
             continue
-        ratio = f"{cost:.2f}" + (f" ({environment})" if environment else "")
+        ratio = f"{environment}: {measured}" if environment else str(measured)
         found[method] = f"{found[method]}, {ratio}" if method in found else ratio
     return found
 

@@ -66,7 +66,7 @@ def interleave(
         warmup: Number of pairs run first and dropped.
         speed: Seconds of a fixed workload, called before, between and after both. A pair during which these differ by
             more than ``STEADY`` is dropped and measured again, up to ``AGAIN * repeats`` pairs in all; if there are too
-            few steady pairs then, the steadiest of the others fill up.
+            few steady pairs then, the steadiest of the others fill up, and a line says how many.
     """
     if repeats < 1 or warmup < 0:
         raise UserError("repeats", repeats, "give at least one pair")
@@ -81,8 +81,9 @@ def interleave(
         b = measure_b()
         speeds.append(speed())
         pairs.append((max(speeds) / min(speeds), a, b))
-    limit = max(STEADY, sorted(pair[0] for pair in pairs)[repeats - 1])
-    kept = [pair for pair in pairs if pair[0] <= limit][:repeats]
+    kept = sorted(pairs, key=lambda pair: max(pair[0], STEADY))[:repeats]  # stable: steady ones in their order
+    if unsteady := sum(pair[0] > STEADY for pair in kept):
+        print(f"the machine changed speed during {unsteady} of these {repeats} pairs: measure again later", flush=True)
     return [a for _, a, _ in kept], [b for _, _, b in kept]
 
 

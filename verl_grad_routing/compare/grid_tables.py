@@ -167,9 +167,13 @@ def grid_notes(results: Results) -> list[str]:
     ]
     said.append(
         "Every run of an environment starts from the one model that was built for it, so no interval says what another "
-        "build would do. Cells that ran at the same time shared the machine: compare their times with care. A cost is "
-        f"the median step without generation by that of {REFERENCE}, the first {WARM_UP} steps of each run left out."
+        "build would do. Cells that ran at the same time shared the machine: compare their times with care."
     )
+    if REFERENCE in results.arms:
+        said.append(
+            f"A cost is a run's median step without generation, the first {WARM_UP} left out, by that of {REFERENCE} "
+            "on the same seed: the median over seeds. One or two seeds on a machine that is shared say little."
+        )
     for place in results.grid["environments"]:
         split = place["split"]
         purpose = ": these numbers are for choosing settings, report from another split" if split == SELECTION else ""

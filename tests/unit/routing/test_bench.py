@@ -29,12 +29,13 @@ def test_pairs_during_which_the_machine_changed_speed_are_measured_again():
     assert (a, b) == ([0, 4], [1, 5])  # the second pair is dropped
 
 
-def test_where_no_pair_is_steady_the_steadiest_count():
+def test_where_no_pair_is_steady_the_steadiest_count(capsys):
     count = iter(range(100))
     third = iter([2.0, 1.2, 1.9, 1.3, *[3.0] * 4])
     speeds = iter([value for last in third for value in (1.0, 1.0, last)])
     a, _ = interleave(lambda: next(count), lambda: next(count), repeats=2, warmup=0, speed=lambda: next(speeds))
     assert a == [2, 6] and next(count) == 16  # eight pairs, and no more
+    assert "changed speed during 2 of these 2 pairs" in capsys.readouterr().out
 
 
 def test_median_of_paired_ratios_and_its_interval():

@@ -80,8 +80,8 @@ def test_costs_are_steps_without_generation_against_the_reference(make_run: Any,
         return folder
 
     runs = [timed("a", "vanilla_2r", 3.0), timed("b", "persona", 5.0), timed("c", "random", 9.0)]
-    assert measured_costs(runs) == {"persona": "2.00"}
+    assert measured_costs(runs) == {"persona": "2.00 (1 seed)"}
     assert measured_costs(runs[1:]) == {}
-    assert "| 2.00 |" in scorecard_page(runs)
+    assert "| 2.00 (1 seed) |" in scorecard_page(runs)
     with pytest.raises(UserError, match="RUNS"):
         measured_costs([tmp_path / "nowhere"])

@@ -16,8 +16,9 @@ outputs, the inputs of the columns' layers. That is the same as on pre-activatio
 that is switched off gives zero either way (``act(0) = 0``), and an activation function is elementwise, so a factor on
 its output's gradient is one on its input's.
 
-Masks of zeros and ones, all there are without weights, say which tokens train a block: its part of ``dW`` is then a
-product over these tokens alone (:class:`TokenSets`), and a rollout that does not train a block costs it nothing.
+Masks of zeros and ones, all there are without weights, say which tokens train a block: the deployed block's part of
+``dW`` is then a product over these tokens alone (:class:`TokenSets`), and a rollout that does not train it costs it
+nothing.
 
 Legend: ``T`` tokens, ``I``/``O`` input/output features, ``D``/``Q`` tokens that train the deployed block / quarantine.
 """
@@ -223,7 +224,8 @@ class _UnitLinear(torch.autograd.Function):
         ctx.save_for_backward(h if ctx.needs_input_grad[1] else None, weight, update, bias_update, gate, activation)
         ctx.sets, ctx.side, ctx.ranges, ctx.dtype, ctx.x_shape = sets, side, ranges, dtype, x.shape
         ctx.quarantine_alone, ctx.unit_weights = quarantine_alone, unit_weights
-        return y if gate is None else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        # Of x's shape, and no view for autograd, as F.linear's own result can be: callers may change it in place.
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable

@@ -8,7 +8,13 @@ import torch
 from verl_grad_routing.routing.dense import TokenSets, unit_linear
 
 TOKENS, INPUTS, OUTPUTS = 24, 10, 14
-RANGES = {"none": [], "rows": [(0, 3), (7, 8), (12, 14)], "columns": [(1, 4), (9, 10)]}
+RANGES = {
+    "none": [],
+    "rows": [(0, 3), (7, 8), (12, 14)],
+    "columns": [(1, 4), (9, 10)],
+    "one run of rows": [(4, 9)],
+    "one run of columns": [(0, 3)],
+}
 MASKS = {
     "mixed": lambda: torch.randint(0, 2, (TOKENS, 2)),
     "all flagged": lambda: torch.tensor([[0, 1]]).repeat(TOKENS, 1),
@@ -22,7 +28,7 @@ def gradient(mask: torch.Tensor, sets: TokenSets | None, side: str) -> torch.Ten
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, TOKENS // 2, INPUTS, dtype=torch.float64, generator=generator)
     weight = torch.randn(OUTPUTS, INPUTS, dtype=torch.float64, generator=generator, requires_grad=True)
-    y = unit_linear(x, weight, side=side, ranges=RANGES[side], update_mask=mask, token_sets=sets)
+    y = unit_linear(x, weight, side=side.split()[-1], ranges=RANGES[side], update_mask=mask, token_sets=sets)  # type: ignore[arg-type]
     (y * torch.randn(y.shape, dtype=torch.float64, generator=generator)).sum().backward()
     assert weight.grad is not None
     return weight.grad
