@@ -83,6 +83,7 @@ def test_up_to_five_seeds_an_interval_of_a_rate_is_their_range(seeds: int) -> No
     assert (found.low, found.high) == pytest.approx((rates.min(), rates.max()))
 
 
+@pytest.mark.timeout(400)  # 300 bootstraps
 @pytest.mark.parametrize(("seeds", "covers"), [(3, 0.75), (5, 0.92), (8, 0.94)])
 def test_intervals_cover_what_so_few_seeds_allow(seeds: int, covers: float) -> None:
     draws = np.random.default_rng(0).normal(size=(300, seeds))
