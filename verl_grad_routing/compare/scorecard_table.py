@@ -50,9 +50,17 @@ def _said_of(arm: dict[str, Any], results: Results, runs: Sequence[StoredRun]) -
     after = [NONE, NONE] if card is None else [card.deployment, card.unknown_hacks]
     settings = [*results.grid["overrides"], *arm["overrides"]]
     settings += [setting for place in results.grid["environments"] for setting in place["overrides"]]
-    if any(setting.lstrip("+~").startswith(DETECTOR) for setting in settings):  # the card's words are the preset's
+    overridden = any(setting.lstrip("+~").startswith(DETECTOR) for setting in settings)
+    if overridden and not _still(preset, runs):  # the card's words are the preset's
         return [title, *_read(runs, "set by overrides: "), *after]
     return [title, *_as_preset(preset, card), *after]
+
+
+def _still(preset: str, runs: Sequence[StoredRun]) -> bool:
+    """Whether all runs read what the preset reads: its detector, and nothing of the truth, which settings can dial."""
+    name = preset_settings(preset)["detector"]["name"]
+    own = bool(runs) and all(run.record.detector == name and not run.record.control for run in runs)
+    return own and all(run.signal not in ORACLE for run in runs)
 
 
 def _as_preset(preset: str, card: MethodCard | None) -> list[str]:

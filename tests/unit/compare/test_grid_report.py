@@ -236,6 +236,13 @@ def test_what_overrides_make_an_arm_read_is_said_of_its_runs(results: Path) -> N
     rows = {row[0]: row[1:] for row in scorecard_table(found).rows}
     assert rows["persona"][1:3] == ["set by overrides: labels (detector labels)", "yes"]
     assert rows["off"][1:3] == ["none", "no"] and rows["random"][1:3] == ["–", "–"]
+    grid["arms"][2] |= {"preset": "persona", "overrides": ["grad_routing.detector.refresh_every=2"]}
+    (results / "grid.json").write_text(json.dumps(grid))
+    for path in results.glob("toy.persona.*.json"):
+        data = json.loads(path.read_text())
+        path.write_text(json.dumps(data | {"detector": "persona_act", "signal": "pairs", "control": False}))
+    row = scorecard_table(load_results(results)).rows[2]
+    assert row[0] == "persona" and "contrastive pairs" in row[2] and row[3] == "no"  # a setting, not another signal
     assert "by that of" not in " ".join(grid_notes(found))  # no vanilla_2r, no costs
 
 
