@@ -14,7 +14,7 @@ WARM_UP = 3  # steps at the start of a run that are not timed
 
 @dataclass(frozen=True)
 class Cost:
-    """``ratio``: the median over ``seeds`` seeds, each a run's median step by that of the reference's run."""
+    """``ratio``: the median over ``seeds`` seeds, each the median step by the reference's on that seed."""
 
     ratio: float
     seeds: int
@@ -31,7 +31,15 @@ def step_seconds(run: Run) -> list[float]:
 
 def cost(runs: Sequence[Run], reference: Sequence[Run]) -> Cost | None:
     """Of ``runs`` against ``reference``, paired by seed; None where they share no seed of which both logged times."""
-    own, base = ({run.record.seed: statistics.median(s) for run in group if (s := step_seconds(run))}
-                 for group in (runs, reference))  # fmt: skip
-    ratios = [own[seed] / base[seed] for seed in own.keys() & base.keys()]
+    own, base = _by_seed(runs), _by_seed(reference)
+    ratios = [statistics.median(own[seed]) / statistics.median(base[seed]) for seed in own.keys() & base.keys()]
     return Cost(statistics.median(ratios), len(ratios)) if ratios else None
+
+
+def _by_seed(runs: Sequence[Run]) -> dict[int | None, list[float]]:
+    """Seconds of the steps of all runs of a seed; seeds without any are left out."""
+    found: dict[int | None, list[float]] = {}
+    for run in runs:
+        if seconds := step_seconds(run):
+            found.setdefault(run.record.seed, []).extend(seconds)
+    return found

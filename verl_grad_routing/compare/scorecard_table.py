@@ -77,6 +77,3 @@ def _read(runs: Sequence[StoredRun], how: str = "") -> list[str]:
     signal, name = runs[0].signal, runs[0].record.detector
     assumed = "yes" if runs[0].record.control else ORACLE.get(signal, "no")
     return [f"{how}{signal} (detector {name})", assumed]
-
-
-__all__ = ["scorecard_table"]

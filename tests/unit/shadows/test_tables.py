@@ -82,6 +82,8 @@ def test_costs_are_steps_without_generation_against_the_reference(make_run: Any,
     runs = [timed("a", "vanilla_2r", 3.0), timed("b", "persona", 5.0), timed("c", "random", 9.0)]
     assert measured_costs(runs) == {"persona": "2.00 (1 seed)"}
     assert measured_costs(runs[1:]) == {}
+    again = [timed("d", "persona", 7.0), timed("e", "persona", 7.0)]  # of the same seed: none of its runs is left out
+    assert measured_costs([*runs, *again]) == {"persona": "3.00 (1 seed)"}
     assert "| 2.00 (1 seed) |" in scorecard_page(runs)
     with pytest.raises(UserError, match="RUNS"):
         measured_costs([tmp_path / "nowhere"])

@@ -51,6 +51,9 @@ def test_sets_that_are_used_are_those_given() -> None:
     mask = torch.tensor([1.0, 0.0]).repeat(TOKENS, 1).reshape(2, TOKENS // 2, 2)
     other = TokenSets(torch.tensor([3]), torch.zeros(TOKENS, 1))
     assert not torch.allclose(gradient(mask, other, "rows"), gradient(mask, None, "rows"))
+    both = TokenSets(None, torch.ones(TOKENS, 1))  # the quarantine's rows alone learn from other tokens
+    changed = (gradient(mask, both, "rows") != gradient(mask, None, "rows")).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [row for first, last in RANGES["rows"] for row in range(first, last)]
 
 
 def test_a_mask_that_is_broadcast_has_no_positions_of_its_own() -> None:
