@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from verl_grad_routing.bench.memory import keep_freed_memory
 from verl_grad_routing.bench.statistics import interleave, ratio_interval
 from verl_grad_routing.bench.step import LAYERS_READ, MICRO, ROLLOUTS, Bench
 from verl_grad_routing.detectors import DETECTORS, BatchView
@@ -203,6 +204,7 @@ def run_baselines_bench(json_path: Path | None = None, repeats: int = REPEATS) -
     from verl_grad_routing.bench.step import CPU_THREADS, timed
 
     torch.set_num_threads(CPU_THREADS)
+    keep_freed_memory()
     torch.manual_seed(0)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from verl_grad_routing.bench.memory import keep_freed_memory
 from verl_grad_routing.bench.routing_rows import ROWS
 from verl_grad_routing.bench.statistics import interleave, ratio_interval
 from verl_grad_routing.bench.step import CPU_THREADS, prepare, timed
@@ -18,7 +19,7 @@ from verl_grad_routing.registry import nearest
 
 
 def run_routing_bench(
-    json_path: Path | None = None, names: Sequence[str] | None = None, repeats: int = 30
+    json_path: Path | None = None, names: Sequence[str] | None = None, repeats: int = 100
 ) -> dict[str, Any]:
     """Measure, print one line a row, and write all samples to ``json_path``.
 
@@ -40,6 +41,7 @@ def run_routing_bench(
         if name not in ROWS:
             raise UserError("--row", name, nearest(name, list(ROWS)))
     torch.set_num_threads(CPU_THREADS)
+    keep_freed_memory()
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
+from verl_grad_routing.bench.memory import keep_freed_memory
 from verl_grad_routing.bench.statistics import interleave, ratio_interval
 from verl_grad_routing.gates import GATES
 from verl_grad_routing.routing import DEFAULT, Route, RoutingTable
@@ -212,6 +213,7 @@ def run_step_bench(json_path: Path | None = None, repeats: int = 30) -> dict[str
     import verl  # noqa: F401  (loads the plugin: the CPU platform must exist before any engine module)
 
     torch.set_num_threads(CPU_THREADS)
+    keep_freed_memory()
     torch.manual_seed(0)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

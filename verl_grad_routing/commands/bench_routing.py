@@ -11,7 +11,7 @@ import typer
 def routing(
     json: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
     row: Annotated[list[str] | None, typer.Option("--row", help="Measure these rows alone; all by default.")] = None,
-    repeats: Annotated[int, typer.Option(min=3, help="Interleaved repetitions per row.")] = 30,
+    repeats: Annotated[int, typer.Option(min=3, help="Interleaved repetitions per row.")] = 100,
 ) -> None:
     """One update of the actor under each preset against the unrouted one, in turns; exit status 1 over a bound."""
     from verl_grad_routing.bench.routing import run_routing_bench

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         register_initialisation,
     )
     from verl_grad_routing.routing.install import RoutedLoraLinear, RoutingContext, add_blocks, routing_context
-    from verl_grad_routing.routing.kernel import routed_linear, routed_lora
+    from verl_grad_routing.routing.kernel import over_ranks, routed_linear, routed_lora
     from verl_grad_routing.routing.routes import (
         ACTIVATION_MASKING,
         DEFAULT,
@@ -58,7 +58,7 @@ _MODULES = {
     "forms": "FORMS Form get_form register_form",
     "initialise": "INITIALISATIONS check_contrast initialisation_report initialise_blocks register_initialisation",
     "install": "RoutedLoraLinear RoutingContext add_blocks routing_context",
-    "kernel": "routed_linear routed_lora",
+    "kernel": "over_ranks routed_linear routed_lora",
     "routes": "ACTIVATION_MASKING DEFAULT STRICT Route RouteMasks RoutingTable activation_gradients block_masks "
     "expand_to_padded expand_to_tokens slice_for_sequence_parallel",
 }
@@ -96,6 +96,7 @@ __all__ = [  # noqa: RUF022 (by module)
     "RoutingContext",
     "add_blocks",
     "routing_context",
+    "over_ranks",
     "routed_linear",
     "routed_lora",
     "ACTIVATION_MASKING",

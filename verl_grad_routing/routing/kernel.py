@@ -63,7 +63,8 @@ def routed_lora(
         deployed_rank = total // 2
     if not 0 < deployed_rank < total:
         raise UserError("deployed_rank", deployed_rank, f"give a rank between 1 and {total - 1}")
-    gate, update = _flat_mask("forward_gate", forward_gate, x), _flat_mask("update_mask", update_mask, x)
+    ranks = (deployed_rank, total - deployed_rank)
+    gate, update = _rank_mask("forward_gate", forward_gate, x, ranks), _rank_mask("update_mask", update_mask, x, ranks)
     a_blocks, b_blocks = lora_A.tensor_split([deployed_rank], 0), lora_B.tensor_split([deployed_rank], 1)
     return _RoutedLinear.apply(x, None, None, *a_blocks, *b_blocks, gate, update, scaling)
 
@@ -76,8 +77,8 @@ def routed_linear(
     A_quarantine: Float[Tensor, "r_q d_in"] | None,
     B_deployed: Float[Tensor, "d_out r_d"],
     B_quarantine: Float[Tensor, "d_out r_q"] | None,
-    forward_gate: Float[Tensor, "*#T 2"] | None,
-    update_mask: Float[Tensor, "*#T 2"] | None,
+    forward_gate: Float[Tensor, "*#T masks"] | None,
+    update_mask: Float[Tensor, "*#T masks"] | None,
     scaling: float,
 ) -> Float[Tensor, "*T d_out"]:
     """A frozen linear layer plus two routed low-rank blocks, fused.
@@ -88,7 +89,8 @@ def routed_linear(
     Args:
         weight, bias: The base layer's, frozen.
         A_quarantine, B_quarantine: Both ``None`` for the deployed block alone; then no masks may be given.
-        forward_gate, update_mask: As in :func:`routed_lora`.
+        forward_gate, update_mask: As in :func:`routed_lora`, or repeated over the ranks by :func:`over_ranks`, which
+            layers of the same ranks can share.
 
     Raises:
         UserError: The base layer wants a gradient, or a mask does not fit ``x``.
@@ -99,26 +101,47 @@ def routed_linear(
         raise UserError("quarantine", None, "give both of A_quarantine and B_quarantine, or neither")
     if A_quarantine is None and (forward_gate is not None or update_mask is not None):
         raise UserError("forward_gate/update_mask", "given", "masks need both blocks; pass None for a single block")
-    gate, update = _flat_mask("forward_gate", forward_gate, x), _flat_mask("update_mask", update_mask, x)
+    ranks = (A_deployed.shape[0], 0 if A_quarantine is None else A_quarantine.shape[0])
+    gate, update = _rank_mask("forward_gate", forward_gate, x, ranks), _rank_mask("update_mask", update_mask, x, ranks)
     return _RoutedLinear.apply(
         x, weight, bias, A_deployed, A_quarantine, B_deployed, B_quarantine, gate, update, scaling
     )
 
 
-def _flat_mask(name: str, mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """``mask`` broadcast to the leading dimensions of ``x`` and flattened to ``[T, 2]``."""
+def over_ranks(mask: Float[Tensor, "*T 2"], deployed_rank: int, quarantine_rank: int) -> Float[Tensor, "*T R"]:
+    """A mask of blocks repeated over their ranks, the deployed block's first: a factor for ``[..., T, R]`` as it is.
+
+    Raises:
+        UserError: The mask's last dimension is not 2.
+    """
+    if mask.ndim == 0 or mask.shape[-1] != 2:
+        raise UserError("mask", tuple(mask.shape), "give [..., T, 2], a column for each block")
+    columns = zip(mask.split(1, dim=-1), (deployed_rank, quarantine_rank), strict=True)
+    return torch.cat([column.expand(*mask.shape[:-1], rank) for column, rank in columns], dim=-1)
+
+
+def _rank_mask(name: str, mask: Tensor | None, x: Tensor, ranks: tuple[int, int]) -> Tensor | None:
+    """``mask``, of blocks or of ranks, as ``[T, R]``."""
+    if mask is not None and mask.ndim and mask.shape[-1] == sum(ranks):
+        return _flat_mask(name, mask, x, sum(ranks))
+    flat = _flat_mask(name, mask, x)
+    return None if flat is None else over_ranks(flat, *ranks)
+
+
+def _flat_mask(name: str, mask: Tensor | None, x: Tensor, width: int = 2) -> Tensor | None:
+    """``mask`` broadcast to the leading dimensions of ``x`` and flattened to ``[T, width]``."""
     if mask is None:
         return None
     if mask.requires_grad:
         raise UserError(name, "requires_grad=True", "masks are decisions, not parameters; detach them")
-    shape = (*x.shape[:-1], 2)
+    shape = (*x.shape[:-1], width)
     if mask.shape != shape:
-        wrong = mask.ndim > len(shape) or mask.ndim == 0 or mask.shape[-1] != 2
+        wrong = mask.ndim > len(shape) or mask.ndim == 0 or mask.shape[-1] != width
         if wrong or any(m not in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1], strict=False)):
             fix = f"must broadcast to {shape}; set the masks of this batch, or clear() those of the last one"
             raise UserError(name, tuple(mask.shape), fix)
         mask = mask.expand(shape)
-    return mask.reshape(-1, 2)
+    return mask.reshape(-1, width)
 
 
 def _join(first: Tensor, second: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
@@ -130,22 +153,15 @@ def _scaled_product(left: Tensor, right: Tensor, scaling: float) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scaling)
 
 
-def _masked(values_TR: Tensor, mask_T2: Tensor | None, deployed_rank: int, inplace: bool = False) -> Tensor:
-    """``values ⊙ mask``, the mask's first column over the deployed ranks and its second over the others."""
-    if mask_T2 is None:
+def _masked(values_TR: Tensor, mask_TR: Tensor | None, inplace: bool = False) -> Tensor:
+    """``values ⊙ mask`` in the dtype of ``values``."""
+    if mask_TR is None:
         return values_TR
-    out = values_TR if inplace else torch.empty_like(values_TR)
-    if 2 * deployed_rank == values_TR.shape[1]:  # one pass when the blocks are equal
-        per_block = (-1, 2, deployed_rank)
-        torch.mul(values_TR.view(per_block), mask_T2[:, :, None], out=out.view(per_block))
-    else:
-        for block, columns in enumerate((slice(None, deployed_rank), slice(deployed_rank, None))):
-            torch.mul(values_TR[:, columns], mask_T2[:, block, None], out=out[:, columns])
-    return out
+    return torch.mul(values_TR, mask_TR, out=values_TR if inplace else torch.empty_like(values_TR))
 
 
 class _RoutedLinear(torch.autograd.Function):
-    """The equations of the module docstring; masks arrive as ``[T, 2]``, the base layer may be ``None``."""
+    """The equations of the module docstring; masks arrive as ``[T, R]``, the base layer may be ``None``."""
 
     @staticmethod
     def forward(
@@ -166,7 +182,7 @@ class _RoutedLinear(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
         A, B = _join(A_d, A_q, 0, dtype), _join(B_d, B_q, 1, dtype)
-        h_TR = _masked(x_TI @ A.t(), gate, A_d.shape[0], inplace=True)
+        h_TR = _masked(x_TI @ A.t(), gate, inplace=True)
         if weight is None:
             y_TO = _scaled_product(h_TR, B.t(), scaling)
         else:
@@ -202,15 +218,15 @@ class _RoutedLinear(torch.autograd.Function):
         dx = dA = dB = None
         if need_x or need_A:
             gh_TR = _scaled_product(g_TO, _join(B_d, B_q, 1, dtype), ctx.scaling)
-            gh_TR = _masked(gh_TR, gate, rank, inplace=True)
+            gh_TR = _masked(gh_TR, gate, inplace=True)
             if need_x:
                 A = _join(A_d, A_q, 0, dtype)
                 dx = gh_TR @ A if weight is None else (g_TO @ weight.to(dtype)).addmm_(gh_TR, A)
                 dx = dx.view(ctx.x_shape)
             if need_A:
-                dA = _masked(gh_TR, update, rank, inplace=True).t() @ x_TI
+                dA = _masked(gh_TR, update, inplace=True).t() @ x_TI
         if need_B:
-            dB = _scaled_product(_masked(h_TR, update, rank).t(), g_TO, ctx.scaling).t()
+            dB = _scaled_product(_masked(h_TR, update).t(), g_TO, ctx.scaling).t()
         dA_d, dA_q = _split(dA, rank, 0, A_q is not None)
         dB_d, dB_q = _split(dB, rank, 1, B_q is not None)
         return dx, None, None, dA_d, dA_q, dB_d, dB_q, None, None, None

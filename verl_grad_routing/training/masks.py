@@ -49,6 +49,18 @@ def of_tokens(data: TensorDict) -> bool:
     return TOKEN_ROUTE in data or TOKEN_WEIGHT in data
 
 
+def lengths_of(rows: Tensor) -> Tensor:
+    """int64 [B]: the lengths of the rows of a jagged column."""
+    return rows.offsets().diff() if rows.lengths() is None else rows.lengths()
+
+
+def one_after_another(rows: Tensor) -> Tensor:
+    """[sum of lengths, ...]: the values of a jagged column's rows, which are taken apart only where there are gaps."""
+    values, offsets = rows.values(), rows.offsets()
+    whole = rows.lengths() is None and int(offsets[0]) == 0 and int(offsets[-1]) == len(values)
+    return values if whole else torch.cat(rows.unbind())
+
+
 def predicting_positions(data: TensorDict, column: str) -> Tensor:
     """Where every response token is predicted, as a position among the T tokens of all rows: int64 [sum of R].
 
@@ -59,8 +71,7 @@ def predicting_positions(data: TensorDict, column: str) -> Tensor:
         column: Jagged, a value for every response token.
     """
     ends_B = data["input_ids"].offsets().diff().cumsum(0)
-    values = data[column]
-    lengths_B = (values.offsets().diff() if values.lengths() is None else values.lengths()).to(ends_B.device)
+    lengths_B = lengths_of(data[column]).to(ends_B.device)
     first_B = ends_B - lengths_B - 1
     index = torch.arange(int(lengths_B.sum()), device=ends_B.device)
     return index + (first_B - (lengths_B.cumsum(0) - lengths_B)).repeat_interleave(lengths_B)
@@ -70,7 +81,7 @@ def routes_of(data: TensorDict) -> Tensor:
     """int64 [N]: the route at every position, or of every row."""
     routes_N = _spread(data["route"], data)
     if TOKEN_ROUTE in data:
-        routes_N[predicting_positions(data, TOKEN_ROUTE)] = torch.cat(data[TOKEN_ROUTE].unbind())
+        routes_N[predicting_positions(data, TOKEN_ROUTE)] = one_after_another(data[TOKEN_ROUTE])
     return routes_N
 
 
@@ -85,7 +96,7 @@ def activation_gradients_of(data: TensorDict) -> Tensor | None:
     routes_N = routes_of(data)
     factors_N2 = activation_gradients(routes_N, table)
     if TOKEN_WEIGHT in data:
-        weights_T = torch.cat(data[TOKEN_WEIGHT].unbind()).to(factors_N2)
+        weights_T = one_after_another(data[TOKEN_WEIGHT]).to(factors_N2)
         weights_T1 = torch.where(routes_N == Route.ROUTE, weights_T, 0.0)[:, None]
         factors_N2 = factors_N2 + (1 - factors_N2) * weights_T1
     return factors_N2

@@ -5,7 +5,6 @@ Shapes: B rollouts of this rank, R response tokens of all of them, 2 = (deployed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,14 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.masks import masks_of, of_tokens, predicting_positions, routing_table
+from verl_grad_routing.training.masks import (
+    lengths_of,
+    masks_of,
+    of_tokens,
+    one_after_another,
+    predicting_positions,
+    routing_table,
+)
 
 
 @dataclass(frozen=True)
@@ -51,11 +57,13 @@ def block_mass(data: TensorDict, group: Any) -> Mass:
     _, update_N2 = masks
     # verl's own rejection takes a rollout out of response_mask, which the losses read, and leaves loss_mask, their
     # denominator
-    rows, counted = data["response_mask"].unbind(), data["loss_mask"].unbind()
-    tokens_B1, all_B1 = (_by_row(torch.cat(mask), mask).to(update_N2)[:, None] for mask in (rows, counted))
+    rows, counted = data["response_mask"], data["loss_mask"]
+    tokens_B1, all_B1 = (
+        _by_row(one_after_another(mask), lengths_of(mask)).to(update_N2)[:, None] for mask in (rows, counted)
+    )
     if of_tokens(data):
         update_R2 = update_N2[predicting_positions(data, "response_mask")]  # of all rows' response tokens
-        own_B2 = _by_row(torch.cat(rows).to(update_N2)[:, None] * update_R2, rows)
+        own_B2 = _by_row(one_after_another(rows).to(update_N2)[:, None] * update_R2, lengths_of(rows))
         parts_B2 = own_B2 / tokens_B1.clamp(min=1)  # a rollout trains a block by the share of its tokens
     else:
         own_B2, parts_B2 = tokens_B1 * update_N2, (tokens_B1 > 0) * update_N2
@@ -66,9 +74,8 @@ def block_mass(data: TensorDict, group: Any) -> Mass:
     return Mass(totals[:2], totals[2:4], float(totals[4]), float(totals[5] if nominal is None else nominal))
 
 
-def _by_row(values_R: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+def _by_row(values_R: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
     """float64 [B, ...]: the sum over each row of values [R, ...] of all rows' tokens, in their order."""
-    lengths_B = torch.tensor([len(row) for row in rows], device=values_R.device)
-    owner_R = torch.arange(len(rows), device=values_R.device).repeat_interleave(lengths_B)
-    sums = values_R.new_zeros((len(rows), *values_R.shape[1:]), dtype=torch.float64)
+    owner_R = torch.arange(len(lengths_B), device=values_R.device).repeat_interleave(lengths_B.to(values_R.device))
+    sums = values_R.new_zeros((len(lengths_B), *values_R.shape[1:]), dtype=torch.float64)
     return sums.index_add_(0, owner_R, values_R.to(torch.float64))

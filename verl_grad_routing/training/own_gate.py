@@ -11,7 +11,7 @@ Shapes: B rollouts of a micro-batch, T their tokens one after another, R those o
 # pyright: reportArgumentType=false
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,25 +19,25 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from verl_grad_routing.routing import RoutingTable
-from verl_grad_routing.training.masks import OFF, TOKEN_ROUTE, predicting_positions
+from verl_grad_routing.training.masks import OFF, TOKEN_ROUTE, lengths_of, one_after_another, predicting_positions
 
 CURRENT = "own_gate_current"
 """Non-tensor of a training batch: rows with a closed forward gate take the current log-probs as their old ones."""
 
 
-def closed_rows(routes_B: Tensor, table: RoutingTable, token_routes: Sequence[Tensor] | None = None) -> Tensor:
+def closed_rows(routes_B: Tensor, table: RoutingTable, of_tokens: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """Rows whose forward gate differs from the open one that they were sampled under, at any position: bool [B].
 
     Args:
-        token_routes: Routes of every row's response tokens, where routes are per token.
+        of_tokens: Where routes are per token, those of all rows' response tokens and the rows' lengths [B].
     """
     gates_32, _ = table.as_tensors()
     closed_3 = (gates_32 != 1).any(dim=1).to(routes_B.device)
     closed_B = closed_3[routes_B]
-    if token_routes is not None:
-        lengths_B = torch.tensor([len(row) for row in token_routes], device=closed_B.device)
-        owner_R = torch.arange(len(closed_B), device=closed_B.device).repeat_interleave(lengths_B)
-        closed_B[owner_R[closed_3[torch.cat(tuple(token_routes))]]] = True
+    if of_tokens is not None:
+        routes_R, lengths_B = of_tokens
+        owner_R = torch.arange(len(closed_B), device=closed_B.device).repeat_interleave(lengths_B.to(closed_B.device))
+        closed_B[owner_R[closed_3[routes_R]]] = True
     return closed_B
 
 
@@ -45,21 +45,24 @@ def with_current_log_probs(loss_function: Callable[..., Any], table: RoutingTabl
     """``loss_function`` with the detached current log-probs as ``old_log_probs`` of the closed rows."""
 
     def loss(*, model_output: dict[str, Any], data: TensorDict, **kwargs: Any) -> Any:
-        tokens = data[TOKEN_ROUTE].unbind() if TOKEN_ROUTE in data else None
-        closed_B = closed_rows(data["route"], table, tokens)
+        tokens = data.get(TOKEN_ROUTE, None)
+        of_tokens = None if tokens is None else (one_after_another(tokens), lengths_of(tokens))
+        closed_B = closed_rows(data["route"], table, of_tokens)
         if OFF in data:
             closed_B &= data[OFF] == 0
         if closed_B.any():
-            current, old = model_output["log_probs"], data["old_log_probs"].unbind()
+            current, old = model_output["log_probs"], data["old_log_probs"]
             current_T = (current.values() if current.is_nested else current).detach()
-            current_R, old_R = current_T[predicting_positions(data, "old_log_probs")], torch.cat(old)
-            lengths = [len(row) for row in old]
-            lengths_B = torch.tensor(lengths, device=old_R.device)
+            current_R, old_R = current_T[predicting_positions(data, "old_log_probs")], one_after_another(old)
+            lengths_B = lengths_of(old).to(old_R.device)
             closed_R = closed_B.to(old_R.device).repeat_interleave(lengths_B)
             own_R = torch.where(closed_R, current_R.to(old_R), old_R)
             offsets = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0))
             data = data.copy()  # the columns are shared
-            widths = {"min_seqlen": min(lengths), "max_seqlen": max(lengths)}  # else padding is to all tokens' number
+            widths = {
+                "min_seqlen": int(lengths_B.min()),
+                "max_seqlen": int(lengths_B.max()),
+            }  # else padding is to all tokens' number
             data["old_log_probs"] = torch.nested.nested_tensor_from_jagged(own_R, offsets, **widths)
         return loss_function(model_output=model_output, data=data, **kwargs)
 

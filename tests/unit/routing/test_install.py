@@ -168,6 +168,20 @@ def test_all_flagged_leaves_the_deployed_gradient_at_exactly_zero():
     assert not any(p.grad.any() for p in blocks["deployed"]) and all(p.grad.any() for p in blocks["quarantine"])
 
 
+def test_masks_over_ranks_are_made_once_and_never_outlive_their_tokens():
+    _, context = adapted()
+    assert context.of_ranks(2, 3) == (None, None)
+    context.set(torch.tensor([[1.0, 0.0]]), None)
+    gate, update = context.of_ranks(2, 3)
+    assert gate is not None and gate.tolist() == [[1.0, 1.0, 0.0, 0.0, 0.0]] and update is None
+    assert context.of_ranks(2, 3)[0] is gate
+    context.set(torch.tensor([[0.0, 1.0]]), None)
+    changed, _ = context.of_ranks(2, 3)
+    assert changed is not None and changed.tolist() == [[0.0, 0.0, 1.0, 1.0, 1.0]]
+    context.clear()
+    assert context.of_ranks(2, 3) == (None, None)
+
+
 def test_merged_weights_act_like_the_adapters():
     model, context = adapted()
     both = logits(model)
@@ -255,10 +269,16 @@ class TestRefused:
         with pytest.raises(UserError, match="same scaling"):
             logits(model)
 
+    def test_masks_of_another_width(self):
+        model, context = adapted()
+        context.set(torch.ones(2, 6, 3), None)
+        with pytest.raises(UserError, match=r"mask=\(2, 6, 3\).*a column for each block"):
+            logits(model)
+
     def test_stale_masks(self):
         model, context = adapted()
         context.set(torch.ones(2, 5, 2), None)
-        with pytest.raises(UserError, match=r"forward_gate=\(2, 5, 2\).*clear"):
+        with pytest.raises(UserError, match=r"forward_gate=\(2, 5, 5\): must broadcast to \(2, 6, 5\).*clear"):
             logits(model)
 
     def test_ablating_the_only_active_adapter(self):

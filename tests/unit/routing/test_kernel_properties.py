@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.unit.routing.reference import apply_layer, make_problem
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.routing import DEFAULT, STRICT, Route, block_masks, routed_linear, routed_lora
+from verl_grad_routing.routing import DEFAULT, STRICT, Route, block_masks, over_ranks, routed_linear, routed_lora
 
 
 def scalar(value: float, grad: bool = False) -> torch.Tensor:
@@ -114,6 +114,27 @@ def test_masks_of_ones_and_none_are_the_same_bits():
         out.sin().sum().backward()
         results.append([out, *(p.grad for p in problem.adapters[0].values()), problem.rollouts[0].grad])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [(2, 3), (1, 1), (4, 4)])
+def test_masks_over_ranks_give_the_bits_of_masks_of_blocks(ranks):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    shapes = ((ranks[0], 6), (ranks[1], 6), (4, ranks[0]), (4, ranks[1]))
+    parameters = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    masks = [torch.rand(2, 5, 2), torch.rand(2, 1, 2)]  # the second broadcasts
+    found = []
+    for gate, update in (masks, [over_ranks(mask, *ranks) for mask in masks]):
+        y = routed_linear(x, torch.ones(4, 6), None, *parameters, gate, update, 0.5)
+        found.append([y.detach(), *torch.autograd.grad(y.sin().sum(), [x, *parameters])])
+    for blocks, repeated in zip(*found, strict=True):
+        assert torch.equal(blocks, repeated)
+
+
+def test_over_ranks():
+    assert over_ranks(torch.tensor([[1.0, 0.0], [0.5, 2.0]]), 1, 2).tolist() == [[1.0, 0.0, 0.0], [0.5, 2.0, 2.0]]
+    with pytest.raises(UserError, match=r"mask=\(4, 3\)"):
+        over_ranks(torch.ones(4, 3), 1, 2)
 
 
 def test_repeating_a_pass_gives_the_same_bits():

@@ -122,5 +122,16 @@ def test_masses_by_hand(group) -> None:
 def test_a_row_is_closed_by_one_kept_token() -> None:
     routes = torch.tensor([A, R, K, A])
     assert closed_rows(routes, DEFAULT).tolist() == [False, False, True, False]
-    tokens = [torch.tensor(row) for row in ([A, R], [R, K], [A], [A])]
-    assert closed_rows(routes, DEFAULT, tokens).tolist() == [False, True, True, False]
+    tokens, lengths = torch.tensor([A, R, R, K, A, A]), torch.tensor([2, 2, 1, 1])
+    assert closed_rows(routes, DEFAULT, (tokens, lengths)).tolist() == [False, True, True, False]
+
+
+def test_rows_of_a_jagged_column_one_after_another() -> None:
+    rows = [torch.arange(3), torch.arange(10, 12)]
+    whole = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    padded = torch.nested.nested_tensor_from_jagged(  # as a narrowed column is: gaps between the rows
+        torch.tensor([0, 1, 2, 99, 10, 11, 99, 99]), torch.tensor([0, 4, 8]), torch.tensor([3, 2])
+    )
+    for column in (whole, padded):
+        assert masks.lengths_of(column).tolist() == [3, 2]
+        assert masks.one_after_another(column).tolist() == [0, 1, 2, 10, 11]

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.routing.dense.kernel import Side, TokenSets, scaled_gradient, token_weight, unit_linear
+from verl_grad_routing.routing.dense.kernel import (
+    Side,
+    TokenSets,
+    scaled_gradient,
+    token_weight,
+    unit_linear,
+    updates_within,
+)
 from verl_grad_routing.routing.dense.units import DenseBlocks, Role
 from verl_grad_routing.routing.install import RoutingContext
 
@@ -32,6 +39,7 @@ class DenseContext(RoutingContext):
         self.activation_gradient: Tensor | None = None
         self.shared_mask: Tensor | None = None
         self._gates_quarantine_alone = False
+        self._within: dict[bool, bool] = {}
         self._sets: TokenSets | None = None
         self._shared_sets: TokenSets | None = None
 
@@ -47,12 +55,15 @@ class DenseContext(RoutingContext):
         self.activation_gradient, self.shared_mask = _unless_ones(activation_gradient), _unless_ones(shared_mask)
         gate = self.forward_gate
         self._gates_quarantine_alone = gate is not None and bool((gate[..., 0] == 1).all())
+        masks = {False: self.update_mask, True: self.shared_mask}
+        self._within = {shared: updates_within(gate, mask) for shared, mask in masks.items()}
         self._sets, self._shared_sets = TokenSets.of(self.update_mask), TokenSets.of(self.shared_mask)
 
     def clear(self) -> None:
         super().clear()
         self.activation_gradient = self.shared_mask = self._sets = self._shared_sets = None
         self._gates_quarantine_alone = False
+        self._within = {}
 
     def update_of(self, role: Role | None) -> Tensor | None:
         """The update mask of a parameter with that role."""
@@ -63,6 +74,10 @@ class DenseContext(RoutingContext):
     def sets_of(self, role: Role) -> TokenSets | None:
         """The tokens that :meth:`update_of` names, where it is of zeros and ones."""
         return self._shared_sets if role.shared else self._sets
+
+    def updates_within_gate(self, role: Role) -> bool:
+        """Whether :meth:`update_of` is 0 wherever :meth:`gate` is not 1."""
+        return not self.ablated and self._within.get(role.shared, True)
 
     def gate(self, like: Tensor) -> Tensor | None:
         """Forward gate; an ablated model has no quarantine whatever the masks say."""
@@ -107,6 +122,7 @@ class DenseLinear(_Dense, nn.Linear):
             bias_mask=context.update_of(self.bias_role),
             forward_gate=context.gate(input) if units else None,
             gates_quarantine_alone=context.gates_quarantine_alone,
+            updates_within_gate=context.updates_within_gate(role),
             activation_gradient=context.activation_gradient if units and not context.ablated else None,
             unit_weights=self._weights_beside(input) if units else None,
         )

@@ -18,7 +18,8 @@ its output's gradient is one on its input's.
 
 Masks of zeros and ones, all there are without weights, say which tokens train a block: the deployed block's part of
 ``dW`` is then a product over these tokens alone (:class:`TokenSets`), and a rollout that does not train it costs it
-nothing.
+nothing. Where ``U`` is 0 wherever ``G`` is not 1, as in every routing table, ``h ⊙ U`` is ``x ⊙ U``: the layer then
+keeps ``x`` for the backward pass, as ``F.linear`` does, and not ``h`` beside it.
 
 Legend: ``T`` tokens, ``I``/``O`` input/output features, ``D``/``Q`` tokens that train the deployed block / quarantine.
 """
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -39,6 +41,7 @@ from verl_grad_routing.routing.dense.units import Range
 from verl_grad_routing.routing.kernel import _flat_mask as flat_mask
 
 Side = Literal["rows", "columns", "none"]
+FEW = 4  # runs of a block's units up to which each has a product of its own
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ def unit_linear(
     bias_mask: Tensor | None = None,
     forward_gate: Tensor | None = None,
     gates_quarantine_alone: bool = False,
+    updates_within_gate: bool = False,
     activation_gradient: Tensor | None = None,
     unit_weights: Tensor | None = None,
 ) -> Tensor:
@@ -96,6 +100,7 @@ def unit_linear(
         bias_mask: The same for the bias, whose units are the rows'; other biases take the first column.
         forward_gate: ``[..., T, 2]``, which units' outputs are there; ``columns`` only.
         gates_quarantine_alone: The gate's first column is 1 everywhere: only the quarantine's units are touched.
+        updates_within_gate: The update mask is 0 wherever the gate is not 1 (:func:`updates_within`).
         activation_gradient: ``[..., T, 2]``, factors on the gradient of units' outputs; ``columns`` only.
         unit_weights: ``[I]``, how much each unit is taken out of these factors.
 
@@ -114,10 +119,19 @@ def unit_linear(
     flat = [flat_mask(name, mask, x) for name, mask in masks.items()]
     whole = update_mask is not None and update_mask.shape[:-1] == x.shape[:-1]  # positions are those of x
     sets = token_sets if whole else None
-    return _UnitLinear.apply(x, weight, bias, *flat, gates_quarantine_alone, sets, unit_weights, side, tuple(ranges))
+    gating = (gates_quarantine_alone, updates_within_gate)
+    return _UnitLinear.apply(x, weight, bias, *flat, *gating, sets, unit_weights, side, tuple(ranges))
 
 
-def _others(ranges: Sequence[Range], count: int) -> list[Range]:
+def updates_within(gate: Tensor | None, update_mask: Tensor | None) -> bool:
+    """Whether ``update_mask`` is 0 wherever ``gate`` is not 1, both ``[..., T, 2]``, ``None`` being 1 everywhere."""
+    if gate is None:
+        return True
+    return update_mask is not None and gate.shape == update_mask.shape and not (update_mask[gate != 1] != 0).any()
+
+
+@cache
+def _others(ranges: tuple[Range, ...], count: int) -> list[Range]:
     """What sorted ``ranges`` leave of ``(0, count)``."""
     edges = [0, *(edge for run in ranges for edge in run), count]
     return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if last > first]
@@ -126,7 +140,7 @@ def _others(ranges: Sequence[Range], count: int) -> list[Range]:
 def _by_unit(
     values_TN: Tensor,
     mask_T2: Tensor | None,
-    ranges: Sequence[Range],
+    ranges: tuple[Range, ...],
     out: Tensor | None = None,
     quarantine_alone: bool = False,
 ) -> Tensor:
@@ -149,7 +163,7 @@ def _by_unit(
     return out
 
 
-def _weight_gradient(g_TO: Tensor, h_TI: Tensor, mask_T2: Tensor, side: Side, ranges: Sequence[Range]) -> Tensor:
+def _weight_gradient(g_TO: Tensor, h_TI: Tensor, mask_T2: Tensor, side: Side, ranges: tuple[Range, ...]) -> Tensor:
     """``Σ_t u_t g_t h_tᵀ`` in the fewest passes over tokens.
 
     The masks go onto the side that carries the units, each unit's own, unless the other is so much narrower that it
@@ -164,30 +178,45 @@ def _weight_gradient(g_TO: Tensor, h_TI: Tensor, mask_T2: Tensor, side: Side, ra
     for column, runs in enumerate((_others(ranges, units.shape[1]), ranges)):
         masked = other * mask_T2[:, column, None].to(other.dtype) if runs else other
         for first, last in runs:
-            if columns:
-                torch.mm(masked.t(), h_TI[:, first:last], out=gradient[:, first:last])
-            else:
-                torch.mm(g_TO[:, first:last].t(), masked, out=gradient[first:last])
+            _product(units[:, first:last], masked, gradient, columns, first, last)
     return gradient
 
 
-def _set_gradient(g_TO: Tensor, h_TI: Tensor, sets: TokenSets, side: Side, ranges: Sequence[Range]) -> Tensor:
+def _set_gradient(g_TO: Tensor, h_TI: Tensor, sets: TokenSets, side: Side, ranges: tuple[Range, ...]) -> Tensor:
     """The same for masks of zeros and ones: ``Σ_D g hᵀ``, and the quarantine's rows or columns of ``Σ_Q g hᵀ``.
 
-    The first product has the quarantine's part too, which is written over: units may be scattered, and one product over
-    all of them takes less than one for each run between them. The quarantine is narrow, so in its own product the
-    mask on its units takes less than picking its tokens out of both sides.
+    Blocks of few runs of units are a product each. Of scattered units the first product has the quarantine's part too,
+    which is written over: that takes less than one for each run between them. The quarantine is narrow, so in its own
+    product the mask on its units takes less than picking its tokens out of both sides.
     """
-    gradient = _at(g_TO, sets.deployed).t() @ _at(h_TI, sets.deployed)
     if not ranges or sets.quarantine_T1 is None:
+        return _at(g_TO, sets.deployed).t() @ _at(h_TI, sets.deployed)
+    columns = side == "columns"
+    units, other = (h_TI, g_TO) if columns else (g_TO, h_TI)
+    gradient = g_TO.new_empty(g_TO.shape[1], h_TI.shape[1])
+    few = len(ranges) <= FEW
+    other_D = _at(other, sets.deployed)
+    for first, last in _others(ranges, units.shape[1]) if few else [(0, units.shape[1])]:
+        _product(_at(units[:, first:last], sets.deployed), other_D, gradient, columns, first, last)
+    quarantine_T1 = sets.quarantine_T1.to(units.dtype)
+    if few:
+        for first, last in ranges:
+            _product(units[:, first:last] * quarantine_T1, other, gradient, columns, first, last)
         return gradient
-    units, other, theirs = (h_TI, g_TO, gradient.t()) if side == "columns" else (g_TO, h_TI, gradient)
-    runs = [units[:, first:last] for first, last in ranges]
-    masked = (runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)) * sets.quarantine_T1.to(units.dtype)
+    masked = torch.cat([units[:, first:last] for first, last in ranges], dim=1) * quarantine_T1
+    theirs = gradient.t() if columns else gradient
     product = masked.t() @ other
     for (first, last), part in zip(ranges, product.split([last - first for first, last in ranges]), strict=True):
         theirs[first:last] = part
     return gradient
+
+
+def _product(units: Tensor, other: Tensor, gradient: Tensor, columns: bool, first: int, last: int) -> None:
+    """Write the rows or columns ``[first, last)`` of a weight's gradient."""
+    if columns:
+        torch.mm(other.t(), units, out=gradient[:, first:last])
+    else:
+        torch.mm(units.t(), other, out=gradient[first:last])
 
 
 def _at(values_TN: Tensor, index: Tensor | None) -> Tensor:
@@ -208,6 +237,7 @@ class _UnitLinear(torch.autograd.Function):
         gate: Tensor | None,
         activation: Tensor | None,
         quarantine_alone: bool,
+        within_gate: bool,
         sets: TokenSets | None,
         unit_weights: Tensor | None,
         side: Side,
@@ -221,7 +251,8 @@ class _UnitLinear(torch.autograd.Function):
         low_bias = bias.to(dtype) if autocast and bias is not None else bias
         y = F.linear(h, weight.to(dtype) if autocast else weight, low_bias)
         # The weight itself is saved, never a cast copy: sharded training frees and refills its storage.
-        ctx.save_for_backward(h if ctx.needs_input_grad[1] else None, weight, update, bias_update, gate, activation)
+        kept = (low if within_gate else h) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(kept, weight, update, bias_update, gate, activation)
         ctx.sets, ctx.side, ctx.ranges, ctx.dtype, ctx.x_shape = sets, side, ranges, dtype, x.shape
         ctx.quarantine_alone, ctx.unit_weights = quarantine_alone, unit_weights
         # Of x's shape, and no view for autograd, as F.linear's own result can be: callers may change it in place.
@@ -259,10 +290,10 @@ class _UnitLinear(torch.autograd.Function):
                 dW = _set_gradient(g_TO, h_TI, ctx.sets, ctx.side, ctx.ranges)
         if ctx.needs_input_grad[2]:
             db = _bias_gradient(g_TO, bias_update, ctx.ranges if ctx.side == "rows" else ())
-        return dx, dW, db, *(None,) * 9
+        return dx, dW, db, *(None,) * 10
 
 
-def _bias_gradient(g_TO: Tensor, mask_T2: Tensor | None, ranges: Sequence[Range]) -> Tensor:
+def _bias_gradient(g_TO: Tensor, mask_T2: Tensor | None, ranges: tuple[Range, ...]) -> Tensor:
     if mask_T2 is None:
         return g_TO.sum(0)
     both_2O = mask_T2.to(g_TO.dtype).t() @ g_TO

@@ -96,7 +96,10 @@ class Learning(Scoring):
         multiple that the pass needs, and come out as they went in.
         """
         tables = self._tables()
-        closed_N = closed_rows(routes_N, tables[TABLE], token_routes)
+        of_tokens = None
+        if token_routes is not None:
+            of_tokens = torch.cat(token_routes), torch.tensor([len(routes) for routes in token_routes])
+        closed_N = closed_rows(routes_N, tables[TABLE], of_tokens)
         if (off_N := self.off_of(batch)) is not None:
             closed_N &= ~off_N  # these have the log-probs of the policy that sampled them
         if self._is_one_on_policy_update(len(batch.keys)) or not closed_N.any():

@@ -6,12 +6,16 @@ import pytest
 import torch
 
 from verl_grad_routing.routing.dense import TokenSets, unit_linear
+from verl_grad_routing.routing.dense.kernel import updates_within
 
 TOKENS, INPUTS, OUTPUTS = 24, 10, 14
+KEPT = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]).repeat(TOKENS // 4, 1).reshape(2, TOKENS // 2, 2)
 RANGES = {
     "none": [],
     "rows": [(0, 3), (7, 8), (12, 14)],
     "columns": [(1, 4), (9, 10)],
+    "scattered rows": [(0, 1), (3, 4), (5, 6), (8, 9), (11, 12)],
+    "scattered columns": [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)],
     "one run of rows": [(4, 9)],
     "one run of columns": [(0, 3)],
 }
@@ -70,3 +74,38 @@ def test_of() -> None:
     same = TokenSets.of(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
     assert same is not None and same.quarantine_T1 is None and same.deployed is not None
     assert same.deployed.tolist() == [0]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("by_sets", [False, True])
+def test_what_is_gated_off_and_teaches_nothing_is_not_kept_twice(alone: bool, by_sets: bool) -> None:
+    gate = torch.cat([torch.ones_like(KEPT[..., :1]), KEPT[..., 1:]], -1) if alone else KEPT
+    update = gate * torch.tensor([1.0, 1.0, 0.0, 1.0]).repeat(TOKENS // 4).reshape(2, TOKENS // 2, 1)
+    weight = torch.randn(OUTPUTS, INPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for within in (False, True):
+        x = torch.randn(2, TOKENS // 2, INPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        x, W = x.requires_grad_(), weight.clone().requires_grad_()
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, kept=kept: kept.append(tensor) or tensor, lambda t: t
+        ):
+            y = unit_linear(
+                x, W, side="columns", ranges=RANGES["columns"], update_mask=update,
+                token_sets=TokenSets.of(update) if by_sets else None, forward_gate=gate,
+                gates_quarantine_alone=alone, updates_within_gate=within,
+            )  # fmt: skip
+        assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept) is within
+        y.sin().sum().backward()
+        found[within] = (y.detach(), x.grad, W.grad)
+    for plain, shared in zip(found[False], found[True], strict=True):
+        assert torch.equal(plain, shared)
+
+
+def test_updates_within_the_gate() -> None:
+    ones = torch.ones_like(KEPT)
+    assert updates_within(None, None) and updates_within(None, ones) and updates_within(KEPT, KEPT)
+    assert updates_within(KEPT, KEPT * 0.5) and updates_within(ones, ones)
+    assert not updates_within(KEPT, ones) and not updates_within(KEPT, None)
+    assert not updates_within(KEPT * 0.5, KEPT)  # half a unit's output teaches half as much
+    assert not updates_within(KEPT, KEPT[:1, :1])  # of other positions: not known
