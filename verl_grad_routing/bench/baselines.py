@@ -204,7 +204,7 @@ def run_baselines_bench(json_path: Path | None = None, repeats: int = REPEATS) -
     from verl_grad_routing.bench.step import CPU_THREADS, timed
 
     torch.set_num_threads(CPU_THREADS)
-    keep_freed_memory()
+    keeps = keep_freed_memory()
     torch.manual_seed(0)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -227,6 +227,7 @@ def run_baselines_bench(json_path: Path | None = None, repeats: int = REPEATS) -
         results["grift"] = _entry("grift", *pair, other="forward_backward")
         torch.distributed.destroy_process_group()
     results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {CPU_THREADS} thread"
+    results["keeps_freed_memory"] = keeps
     results["torch"] = torch.__version__
     if json_path is not None:
         Path(json_path).write_text(json.dumps(results, indent=2))

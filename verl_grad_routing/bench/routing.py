@@ -30,7 +30,7 @@ def run_routing_bench(
 
     Returns:
         ``rows``: name -> median ratio, interval, bound, whether the interval's upper end is within it, samples in
-        seconds; beside the device.
+        seconds; beside the device and whether freed memory was kept.
 
     Raises:
         UserError: An unknown row.
@@ -41,7 +41,7 @@ def run_routing_bench(
         if name not in ROWS:
             raise UserError("--row", name, nearest(name, list(ROWS)))
     torch.set_num_threads(CPU_THREADS)
-    keep_freed_memory()
+    keeps = keep_freed_memory()
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
@@ -57,7 +57,7 @@ def run_routing_bench(
             print(f"{name:16} / {row.against}: {ratio}, bound {row.bound}{'' if within else ': EXCEEDED'}", flush=True)
         torch.distributed.destroy_process_group()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {CPU_THREADS} thread"
-    results = {"rows": rows, "device": device, "torch": torch.__version__}
+    results = {"rows": rows, "device": device, "torch": torch.__version__, "keeps_freed_memory": keeps}
     if json_path is not None:
         Path(json_path).write_text(json.dumps(results, indent=2))
     return results

@@ -213,7 +213,7 @@ def run_step_bench(json_path: Path | None = None, repeats: int = 30) -> dict[str
     import verl  # noqa: F401  (loads the plugin: the CPU platform must exist before any engine module)
 
     torch.set_num_threads(CPU_THREADS)
-    keep_freed_memory()
+    keeps = keep_freed_memory()
     torch.manual_seed(0)
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -232,6 +232,7 @@ def run_step_bench(json_path: Path | None = None, repeats: int = 30) -> dict[str
             print(f"{name:16} persona / vanilla_2r: {ratio}")
         torch.distributed.destroy_process_group()
     results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {CPU_THREADS} thread"
+    results["keeps_freed_memory"] = keeps
     results["torch"] = torch.__version__
     if json_path is not None:
         Path(json_path).write_text(json.dumps(results, indent=2))

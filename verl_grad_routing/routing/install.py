@@ -42,28 +42,39 @@ class RoutingContext:
 
     Attributes:
         forward_gate: ``[..., T, 2]``, broadcastable over the leading dimensions of every adapted layer's input;
-            ``None`` is 1 everywhere.
+            ``None`` is 1 everywhere. Read only, as the next; :meth:`set` both.
         update_mask: Likewise.
         ablated: The quarantine is absent, as at deployment. Masks are not consulted then.
     """
 
     def __init__(self) -> None:
-        self.forward_gate: Tensor | None = None
-        self.update_mask: Tensor | None = None
+        self._forward_gate: Tensor | None = None
+        self._update_mask: Tensor | None = None
         self.ablated: bool = False
         self._of_ranks: dict[tuple[int, int], tuple[Tensor | None, Tensor | None]] = {}
 
     def set(self, forward_gate: Tensor | None, update_mask: Tensor | None) -> None:
         """Masks of the next forward pass and of the backward pass that belongs to it."""
-        self.forward_gate, self.update_mask = forward_gate, update_mask
+        self._forward_gate, self._update_mask = forward_gate, update_mask
         self._of_ranks.clear()
+
+    @property
+    def forward_gate(self) -> Tensor | None:
+        return self._forward_gate
+
+    @property
+    def update_mask(self) -> Tensor | None:
+        return self._update_mask
 
     def of_ranks(self, deployed_rank: int, quarantine_rank: int) -> tuple[Tensor | None, Tensor | None]:
         """Both masks repeated over the ranks of the blocks, ``[..., T, R]``, made once for all layers."""
         ranks = (deployed_rank, quarantine_rank)
         if ranks not in self._of_ranks:
-            masks = self.forward_gate, self.update_mask
-            gate, update = (None if mask is None else over_ranks(mask, *ranks) for mask in masks)
+            with torch.inference_mode(False):  # a pass with gradients may follow under the same masks
+                gate, update = (
+                    None if mask is None else over_ranks(mask, *ranks, name)
+                    for name, mask in (("forward_gate", self.forward_gate), ("update_mask", self.update_mask))
+                )
             self._of_ranks[ranks] = gate, update
         return self._of_ranks[ranks]
 
@@ -171,17 +182,17 @@ class RoutedLoraLinear(PeftLoraLinear):
         active = [name for name in self.active_adapters if not (context.ablated and name == QUARANTINE_ADAPTER)]
         if not active:
             raise UserError("active adapters", list(self.active_adapters), "leave the default adapter active")
+        gate, update = (None, None) if context.ablated else (context.forward_gate, context.update_mask)
         base = cast(nn.Linear, self.get_base_layer())
         if len(active) == 1:
-            gate, update = (None, None) if context.ablated else (context.forward_gate, context.update_mask)
             A, B = self._weights(active[0])
             return routed_linear(x, base.weight, base.bias, A, None, B, None, gate, update, self.scaling[active[0]])
         scaling = self.scaling[DEPLOYED_ADAPTER]
         if scaling != self.scaling[QUARANTINE_ADAPTER]:
             raise UserError("scaling", dict(self.scaling), "both blocks need the same scaling")
         (A_d, B_d), (A_q, B_q) = self._weights(DEPLOYED_ADAPTER), self._weights(QUARANTINE_ADAPTER)
-        gate, update = context.of_ranks(len(A_d), len(A_q))  # an ablated model has one active adapter
-        return routed_linear(x, base.weight, base.bias, A_d, A_q, B_d, B_q, gate, update, scaling)
+        of_ranks = context.of_ranks(len(A_d), len(A_q))  # an ablated model has one active adapter
+        return routed_linear(x, base.weight, base.bias, A_d, A_q, B_d, B_q, gate, update, scaling, of_ranks)
 
     def _weights(self, adapter: str) -> tuple[Tensor, Tensor]:
         if self.form.extra_parts:

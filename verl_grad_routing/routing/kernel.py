@@ -63,10 +63,9 @@ def routed_lora(
         deployed_rank = total // 2
     if not 0 < deployed_rank < total:
         raise UserError("deployed_rank", deployed_rank, f"give a rank between 1 and {total - 1}")
-    ranks = (deployed_rank, total - deployed_rank)
-    gate, update = _rank_mask("forward_gate", forward_gate, x, ranks), _rank_mask("update_mask", update_mask, x, ranks)
+    masks = _rank_masks(x, forward_gate, update_mask, (deployed_rank, total - deployed_rank), None)
     a_blocks, b_blocks = lora_A.tensor_split([deployed_rank], 0), lora_B.tensor_split([deployed_rank], 1)
-    return _RoutedLinear.apply(x, None, None, *a_blocks, *b_blocks, gate, update, scaling)
+    return _RoutedLinear.apply(x, None, None, *a_blocks, *b_blocks, *masks, scaling)
 
 
 def routed_linear(
@@ -77,9 +76,10 @@ def routed_linear(
     A_quarantine: Float[Tensor, "r_q d_in"] | None,
     B_deployed: Float[Tensor, "d_out r_d"],
     B_quarantine: Float[Tensor, "d_out r_q"] | None,
-    forward_gate: Float[Tensor, "*#T masks"] | None,
-    update_mask: Float[Tensor, "*#T masks"] | None,
+    forward_gate: Float[Tensor, "*#T 2"] | None,
+    update_mask: Float[Tensor, "*#T 2"] | None,
     scaling: float,
+    of_ranks: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> Float[Tensor, "*T d_out"]:
     """A frozen linear layer plus two routed low-rank blocks, fused.
 
@@ -89,8 +89,8 @@ def routed_linear(
     Args:
         weight, bias: The base layer's, frozen.
         A_quarantine, B_quarantine: Both ``None`` for the deployed block alone; then no masks may be given.
-        forward_gate, update_mask: As in :func:`routed_lora`, or repeated over the ranks by :func:`over_ranks`, which
-            layers of the same ranks can share.
+        forward_gate, update_mask: As in :func:`routed_lora`.
+        of_ranks: Both masks :func:`over_ranks`, which layers of the same ranks can share; made here unless given.
 
     Raises:
         UserError: The base layer wants a gradient, or a mask does not fit ``x``.
@@ -102,46 +102,58 @@ def routed_linear(
     if A_quarantine is None and (forward_gate is not None or update_mask is not None):
         raise UserError("forward_gate/update_mask", "given", "masks need both blocks; pass None for a single block")
     ranks = (A_deployed.shape[0], 0 if A_quarantine is None else A_quarantine.shape[0])
-    gate, update = _rank_mask("forward_gate", forward_gate, x, ranks), _rank_mask("update_mask", update_mask, x, ranks)
-    return _RoutedLinear.apply(
-        x, weight, bias, A_deployed, A_quarantine, B_deployed, B_quarantine, gate, update, scaling
-    )
+    masks = _rank_masks(x, forward_gate, update_mask, ranks, of_ranks)
+    return _RoutedLinear.apply(x, weight, bias, A_deployed, A_quarantine, B_deployed, B_quarantine, *masks, scaling)
 
 
-def over_ranks(mask: Float[Tensor, "*T 2"], deployed_rank: int, quarantine_rank: int) -> Float[Tensor, "*T R"]:
+def over_ranks(
+    mask: Float[Tensor, "*T 2"], deployed_rank: int, quarantine_rank: int, name: str = "mask"
+) -> Float[Tensor, "*T R"]:
     """A mask of blocks repeated over their ranks, the deployed block's first: a factor for ``[..., T, R]`` as it is.
 
     Raises:
-        UserError: The mask's last dimension is not 2.
+        UserError: The last dimension of the mask, which the message calls ``name``, is not 2.
     """
     if mask.ndim == 0 or mask.shape[-1] != 2:
-        raise UserError("mask", tuple(mask.shape), "give [..., T, 2], a column for each block")
+        raise UserError(name, tuple(mask.shape), "give [..., T, 2], a column for each block")
     columns = zip(mask.split(1, dim=-1), (deployed_rank, quarantine_rank), strict=True)
     return torch.cat([column.expand(*mask.shape[:-1], rank) for column, rank in columns], dim=-1)
 
 
-def _rank_mask(name: str, mask: Tensor | None, x: Tensor, ranks: tuple[int, int]) -> Tensor | None:
-    """``mask``, of blocks or of ranks, as ``[T, R]``."""
-    if mask is not None and mask.ndim and mask.shape[-1] == sum(ranks):
-        return _flat_mask(name, mask, x, sum(ranks))
-    flat = _flat_mask(name, mask, x)
-    return None if flat is None else over_ranks(flat, *ranks)
+def _rank_masks(
+    x: Tensor,
+    gate: Tensor | None,
+    update: Tensor | None,
+    ranks: tuple[int, int],
+    of_ranks: tuple[Tensor | None, Tensor | None] | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both masks over ranks, as ``[T, R]``."""
+    gate_T2, update_T2 = _flat_mask("forward_gate", gate, x), _flat_mask("update_mask", update, x)
+    if of_ranks is None:
+        return tuple(None if mask is None else over_ranks(mask, *ranks) for mask in (gate_T2, update_T2))  # type: ignore[return-value]
+    total = sum(ranks)
+    for mask, repeated in zip((gate, update), of_ranks, strict=True):
+        shape = None if repeated is None else tuple(repeated.shape)
+        if shape != (None if mask is None else (*mask.shape[:-1], total)):
+            raise UserError("of_ranks", shape, f"give the masks themselves over ranks {ranks}")
+    shape = (*x.shape[:-1], total)
+    return tuple(None if mask is None else mask.expand(shape).reshape(-1, total) for mask in of_ranks)  # type: ignore[return-value]
 
 
-def _flat_mask(name: str, mask: Tensor | None, x: Tensor, width: int = 2) -> Tensor | None:
-    """``mask`` broadcast to the leading dimensions of ``x`` and flattened to ``[T, width]``."""
+def _flat_mask(name: str, mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """``mask`` broadcast to the leading dimensions of ``x`` and flattened to ``[T, 2]``."""
     if mask is None:
         return None
     if mask.requires_grad:
         raise UserError(name, "requires_grad=True", "masks are decisions, not parameters; detach them")
-    shape = (*x.shape[:-1], width)
+    shape = (*x.shape[:-1], 2)
     if mask.shape != shape:
-        wrong = mask.ndim > len(shape) or mask.ndim == 0 or mask.shape[-1] != width
+        wrong = mask.ndim > len(shape) or mask.ndim == 0 or mask.shape[-1] != 2
         if wrong or any(m not in (1, n) for m, n in zip(mask.shape[::-1], shape[::-1], strict=False)):
             fix = f"must broadcast to {shape}; set the masks of this batch, or clear() those of the last one"
             raise UserError(name, tuple(mask.shape), fix)
         mask = mask.expand(shape)
-    return mask.reshape(-1, width)
+    return mask.reshape(-1, 2)
 
 
 def _join(first: Tensor, second: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:

@@ -56,9 +56,7 @@ def lengths_of(rows: Tensor) -> Tensor:
 
 def one_after_another(rows: Tensor) -> Tensor:
     """[sum of lengths, ...]: the values of a jagged column's rows, which are taken apart only where there are gaps."""
-    values, offsets = rows.values(), rows.offsets()
-    whole = rows.lengths() is None and int(offsets[0]) == 0 and int(offsets[-1]) == len(values)
-    return values if whole else torch.cat(rows.unbind())
+    return rows.values() if rows.lengths() is None else torch.cat(rows.unbind())
 
 
 def predicting_positions(data: TensorDict, column: str) -> Tensor:

@@ -182,6 +182,18 @@ def test_masks_over_ranks_are_made_once_and_never_outlive_their_tokens():
     assert context.of_ranks(2, 3) == (None, None)
 
 
+def test_layers_share_masks_over_ranks_also_after_an_inference_pass():
+    model, context = adapted()
+    context.set(torch.ones(2, 6, 2), torch.ones(2, 6, 2))
+    with torch.inference_mode():
+        logits(model)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        model(IDS).logits.sum().backward()
+    masks = {tensor.data_ptr() for tensor in kept if tensor.shape == (12, 5) and tensor.eq(1).all()}
+    assert masks == {mask.data_ptr() for mask in context.of_ranks(2, 3) if mask is not None}
+
+
 def test_merged_weights_act_like_the_adapters():
     model, context = adapted()
     both = logits(model)
@@ -272,13 +284,13 @@ class TestRefused:
     def test_masks_of_another_width(self):
         model, context = adapted()
         context.set(torch.ones(2, 6, 3), None)
-        with pytest.raises(UserError, match=r"mask=\(2, 6, 3\).*a column for each block"):
+        with pytest.raises(UserError, match=r"forward_gate=\(2, 6, 3\).*a column for each block"):
             logits(model)
 
     def test_stale_masks(self):
         model, context = adapted()
         context.set(torch.ones(2, 5, 2), None)
-        with pytest.raises(UserError, match=r"forward_gate=\(2, 5, 5\): must broadcast to \(2, 6, 5\).*clear"):
+        with pytest.raises(UserError, match=r"forward_gate=\(2, 5, 2\): must broadcast to \(2, 6, 2\).*clear"):
             logits(model)
 
     def test_ablating_the_only_active_adapter(self):

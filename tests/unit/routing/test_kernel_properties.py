@@ -124,8 +124,8 @@ def test_masks_over_ranks_give_the_bits_of_masks_of_blocks(ranks):
     parameters = [torch.randn(shape, requires_grad=True) for shape in shapes]
     masks = [torch.rand(2, 5, 2), torch.rand(2, 1, 2)]  # the second broadcasts
     found = []
-    for gate, update in (masks, [over_ranks(mask, *ranks) for mask in masks]):
-        y = routed_linear(x, torch.ones(4, 6), None, *parameters, gate, update, 0.5)
+    for repeated in (None, tuple(over_ranks(mask, *ranks) for mask in masks)):
+        y = routed_linear(x, torch.ones(4, 6), None, *parameters, *masks, 0.5, repeated)
         found.append([y.detach(), *torch.autograd.grad(y.sin().sum(), [x, *parameters])])
     for blocks, repeated in zip(*found, strict=True):
         assert torch.equal(blocks, repeated)
@@ -135,6 +135,15 @@ def test_over_ranks():
     assert over_ranks(torch.tensor([[1.0, 0.0], [0.5, 2.0]]), 1, 2).tolist() == [[1.0, 0.0, 0.0], [0.5, 2.0, 2.0]]
     with pytest.raises(UserError, match=r"mask=\(4, 3\)"):
         over_ranks(torch.ones(4, 3), 1, 2)
+
+
+@pytest.mark.parametrize("repeated", [None, torch.ones(5, 2), torch.ones(5, 4), torch.ones(1, 3)])
+def test_masks_over_ranks_that_are_not_of_these_masks(repeated):
+    parameters = [torch.ones(shape) for shape in ((1, 6), (2, 6), (4, 1), (4, 2))]
+    with pytest.raises(UserError, match="of_ranks="):
+        routed_linear(
+            torch.ones(5, 6), torch.ones(4, 6), None, *parameters, None, torch.ones(5, 2), 1.0, (None, repeated)
+        )
 
 
 def test_repeating_a_pass_gives_the_same_bits():

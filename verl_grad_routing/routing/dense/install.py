@@ -51,7 +51,7 @@ class DenseContext(RoutingContext):
         shared_mask: Tensor | None = None,
     ) -> None:
         """Masks of the next forward pass and of the backward pass that belongs to it; ones everywhere are none."""
-        self.set(_unless_ones(forward_gate), _unless_ones(update_mask))
+        super().set(_unless_ones(forward_gate), _unless_ones(update_mask))
         self.activation_gradient, self.shared_mask = _unless_ones(activation_gradient), _unless_ones(shared_mask)
         gate = self.forward_gate
         self._gates_quarantine_alone = gate is not None and bool((gate[..., 0] == 1).all())
@@ -59,11 +59,8 @@ class DenseContext(RoutingContext):
         self._within = {shared: updates_within(gate, mask) for shared, mask in masks.items()}
         self._sets, self._shared_sets = TokenSets.of(self.update_mask), TokenSets.of(self.shared_mask)
 
-    def clear(self) -> None:
-        super().clear()
-        self.activation_gradient = self.shared_mask = self._sets = self._shared_sets = None
-        self._gates_quarantine_alone = False
-        self._within = {}
+    def set(self, forward_gate: Tensor | None, update_mask: Tensor | None) -> None:
+        self.set_all(forward_gate, update_mask)
 
     def update_of(self, role: Role | None) -> Tensor | None:
         """The update mask of a parameter with that role."""
@@ -77,7 +74,7 @@ class DenseContext(RoutingContext):
 
     def updates_within_gate(self, role: Role) -> bool:
         """Whether :meth:`update_of` is 0 wherever :meth:`gate` is not 1."""
-        return not self.ablated and self._within.get(role.shared, True)
+        return not self.ablated and self._within.get(role.shared, False)
 
     def gate(self, like: Tensor) -> Tensor | None:
         """Forward gate; an ablated model has no quarantine whatever the masks say."""

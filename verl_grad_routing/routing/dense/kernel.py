@@ -18,8 +18,8 @@ its output's gradient is one on its input's.
 
 Masks of zeros and ones, all there are without weights, say which tokens train a block: the deployed block's part of
 ``dW`` is then a product over these tokens alone (:class:`TokenSets`), and a rollout that does not train it costs it
-nothing. Where ``U`` is 0 wherever ``G`` is not 1, as in every routing table, ``h ⊙ U`` is ``x ⊙ U``: the layer then
-keeps ``x`` for the backward pass, as ``F.linear`` does, and not ``h`` beside it.
+nothing. Where ``U`` is 0 wherever ``G`` is not 1, ``h ⊙ U`` is ``x ⊙ U``: the layer then keeps ``x`` for the backward
+pass, as ``F.linear`` does, and not ``h`` beside it. All shipped tables are so, for parameters that are not shared.
 
 Legend: ``T`` tokens, ``I``/``O`` input/output features, ``D``/``Q`` tokens that train the deployed block / quarantine.
 """
@@ -120,7 +120,8 @@ def unit_linear(
     whole = update_mask is not None and update_mask.shape[:-1] == x.shape[:-1]  # positions are those of x
     sets = token_sets if whole else None
     gating = (gates_quarantine_alone, updates_within_gate)
-    return _UnitLinear.apply(x, weight, bias, *flat, *gating, sets, unit_weights, side, tuple(ranges))
+    runs = tuple((first, last) for first, last in ranges)
+    return _UnitLinear.apply(x, weight, bias, *flat, *gating, sets, unit_weights, side, runs)
 
 
 def updates_within(gate: Tensor | None, update_mask: Tensor | None) -> bool:
@@ -131,10 +132,10 @@ def updates_within(gate: Tensor | None, update_mask: Tensor | None) -> bool:
 
 
 @cache
-def _others(ranges: tuple[Range, ...], count: int) -> list[Range]:
+def _others(ranges: tuple[Range, ...], count: int) -> tuple[Range, ...]:
     """What sorted ``ranges`` leave of ``(0, count)``."""
     edges = [0, *(edge for run in ranges for edge in run), count]
-    return [(first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if last > first]
+    return tuple((first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if last > first)
 
 
 def _by_unit(
@@ -196,7 +197,7 @@ def _set_gradient(g_TO: Tensor, h_TI: Tensor, sets: TokenSets, side: Side, range
     gradient = g_TO.new_empty(g_TO.shape[1], h_TI.shape[1])
     few = len(ranges) <= FEW
     other_D = _at(other, sets.deployed)
-    for first, last in _others(ranges, units.shape[1]) if few else [(0, units.shape[1])]:
+    for first, last in _others(ranges, units.shape[1]) if few else ((0, units.shape[1]),):
         _product(_at(units[:, first:last], sets.deployed), other_D, gradient, columns, first, last)
     quarantine_T1 = sets.quarantine_T1.to(units.dtype)
     if few:
@@ -251,8 +252,8 @@ class _UnitLinear(torch.autograd.Function):
         low_bias = bias.to(dtype) if autocast and bias is not None else bias
         y = F.linear(h, weight.to(dtype) if autocast else weight, low_bias)
         # The weight itself is saved, never a cast copy: sharded training frees and refills its storage.
-        kept = (low if within_gate else h) if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(kept, weight, update, bias_update, gate, activation)
+        kept = low if within_gate and update is not None else h
+        ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None, weight, update, bias_update, gate, activation)
         ctx.sets, ctx.side, ctx.ranges, ctx.dtype, ctx.x_shape = sets, side, ranges, dtype, x.shape
         ctx.quarantine_alone, ctx.unit_weights = quarantine_alone, unit_weights
         # Of x's shape, and no view for autograd, as F.linear's own result can be: callers may change it in place.

@@ -20,6 +20,7 @@ from tests.unit.routing.dense.reference import (
     row_loss,
 )
 from verl_grad_routing.routing.dense import DenseBlocks, Shape, UnitsConfig, install_blocks
+from verl_grad_routing.routing.dense.install import DenseLinear
 
 KEEP, ABSORB, ROUTE = ((1, 0), (1, 0)), ((1, 1), (1, 1)), ((1, 1), (0, 1))
 ON = (1, 1)
@@ -166,6 +167,33 @@ def test_ablated_is_the_quarantine_gated_off_everywhere():
     context.ablated = True
     assert torch.equal(model(**packed(rows), use_cache=False).logits, gated)
     assert (gated - together).abs().max() > 0.1
+
+
+def test_a_layer_keeps_its_gated_input_only_where_its_own_will_not_do():
+    model, rows = make_model(), draw_rows([KEEP, ROUTE])
+    context = install_blocks(model, blocks(model))
+    layers = (module for module in model.modules() if isinstance(module, DenseLinear))
+    layer = next(layer for layer in layers if layer.weight_role.dim == 1 and layer.weight_role.ranges)
+    masks = masks_of(rows)
+    x = torch.randn(1, masks["update_mask"].shape[-2], layer.in_features, dtype=torch.float64, requires_grad=True)
+
+    def kept_and_gradient() -> tuple[bool, torch.Tensor]:
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = layer(x)
+        (gradient,) = torch.autograd.grad(y.sin().sum(), [layer.weight])
+        return any(tensor.data_ptr() == x.data_ptr() for tensor in kept), gradient
+
+    context.set_all(**masks)
+    assert kept_and_gradient()[0]
+    context.set_all(masks["forward_gate"], None)
+    assert not kept_and_gradient()[0]
+    _, expected = kept_and_gradient()
+    for stale in (masks, {"forward_gate": None, "update_mask": None}):
+        context.set_all(**stale)
+        context.set(masks["forward_gate"], None)
+        kept, gradient = kept_and_gradient()
+        assert not kept and torch.equal(gradient, expected)
 
 
 def test_kept_rollouts_give_the_quarantine_exactly_nothing():

@@ -51,13 +51,14 @@ def test_as_by_the_mask(mask: str, side: str) -> None:
     assert torch.equal(by_sets[by_mask == 0], by_mask[by_mask == 0])
 
 
-def test_sets_that_are_used_are_those_given() -> None:
+@pytest.mark.parametrize("side", ["rows", "scattered rows"])
+def test_sets_that_are_used_are_those_given(side: str) -> None:
     mask = torch.tensor([1.0, 0.0]).repeat(TOKENS, 1).reshape(2, TOKENS // 2, 2)
     other = TokenSets(torch.tensor([3]), torch.zeros(TOKENS, 1))
-    assert not torch.allclose(gradient(mask, other, "rows"), gradient(mask, None, "rows"))
+    assert not torch.allclose(gradient(mask, other, side), gradient(mask, None, side))
     both = TokenSets(None, torch.ones(TOKENS, 1))  # the quarantine's rows alone learn from other tokens
-    changed = (gradient(mask, both, "rows") != gradient(mask, None, "rows")).any(dim=1).nonzero().flatten().tolist()
-    assert changed == [row for first, last in RANGES["rows"] for row in range(first, last)]
+    changed = (gradient(mask, both, side) != gradient(mask, None, side)).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [row for first, last in RANGES[side] for row in range(first, last)]
 
 
 def test_a_mask_that_is_broadcast_has_no_positions_of_its_own() -> None:
