@@ -19,7 +19,7 @@ from verl_grad_routing.registry import nearest
 
 
 def run_routing_bench(
-    json_path: Path | None = None, names: Sequence[str] | None = None, repeats: int = 100
+    json_path: Path | None = None, names: Sequence[str] | None = None, repeats: int = 100, keep_memory: bool = True
 ) -> dict[str, Any]:
     """Measure, print one line a row, and write all samples to ``json_path``.
 
@@ -27,6 +27,7 @@ def run_routing_bench(
         json_path: File for the numbers.
         names: Rows to measure; all if not given.
         repeats: Pairs of measurements of a row.
+        keep_memory: Whether the process keeps what it frees, see ``bench.memory``.
 
     Returns:
         ``rows``: name -> median ratio, interval, bound, whether the interval's upper end is within it, samples in
@@ -41,7 +42,7 @@ def run_routing_bench(
         if name not in ROWS:
             raise UserError("--row", name, nearest(name, list(ROWS)))
     torch.set_num_threads(CPU_THREADS)
-    keeps = keep_freed_memory()
+    keeps = keep_memory and keep_freed_memory()
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
