@@ -1,4 +1,5 @@
-"""Two ranks with all that can ride on a routed run: confessions beside answers, and updates kept in few directions.
+"""Two ranks with all that can ride on a routed run: confessions beside answers, updates kept in few directions, and
+blocks that read what pairs differ in.
 
 Ended by Ctrl-C, of which nothing is left; ``test_compare`` has kill -9.
 """
@@ -16,9 +17,11 @@ import torch
 
 from tests.e2e.conftest import LIMIT_S, SMALL
 from tests.e2e.processes import running, steps_done, still_alive, wait_for
+from verl_grad_routing.commands.contrast import make_contrast
 from verl_grad_routing.compare.cells import on_cluster
 from verl_grad_routing.compare.demo import demo_overrides
 from verl_grad_routing.compare.runs import Run, load_run
+from verl_grad_routing.routing import save_contrast
 from verl_grad_routing.subspaces import Basis, save_basis
 from verl_grad_routing.subspaces.change import leading
 
@@ -66,12 +69,16 @@ def two_ranks(environment: Path, cluster: str, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("two-ranks")
     basis = folder / "basis.safetensors"
     save_basis(main_directions(environment / "model", rank=5), basis)
+    contrast = folder / "contrast.safetensors"
+    save_contrast(make_contrast(environment / "model", str(environment / "pairs.jsonl")), contrast)
     arguments = [
         "+grad_routing=persona",
         *demo_overrides(environment, 1000, seed=0),
         *SMALL,
         *CONFESSIONS,
         f"grad_routing.blocks.hooks=[{{name: project_update, basis: '{basis}', rank: 5}}]",
+        "grad_routing.blocks.init=corda",
+        f"grad_routing.blocks.contrast={contrast}",
         "grad_routing.hardware.ranks=2",
         f"actor_rollout_ref.actor.optim.lr={LEARNING_RATE}",
         f"trainer.default_local_dir={folder / 'checkpoints'}",
@@ -103,6 +110,11 @@ def test_two_ranks_reach_vllm(two_ranks: Run) -> None:
     assert min(finite(two_ranks, "routing/update_norm/deployed")[:3]) > 10 * LEARNING_RATE
     # and vLLM sampled from the weights that the trainer holds, at every step
     assert max(finite(two_ranks, "training/rollout_probs_diff_max")) < 1e-3
+
+
+def test_blocks_from_pairs_on_two_ranks(two_ranks: Run) -> None:
+    """Either block reads directions in which the pairs differ; what vLLM samples from has them, see above."""
+    assert "blocks: init corda, " in (two_ranks.folder / "log.txt").read_text(errors="replace")
 
 
 def test_confessions_are_trained_beside_routed_answers(two_ranks: Run) -> None:
