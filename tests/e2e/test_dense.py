@@ -67,13 +67,20 @@ def assert_trained_and_exported(run: Run, environment: Path, folder: Path, sizes
 
 
 def test_tokens_are_routed_into_an_expanded_models_new_units(train: Train, environment: Path, tmp_path: Path) -> None:
-    """ERA's units with SGTM's masks, chosen by token: expanded, trained, validated, and contracted again."""
+    """ERA's units by SGTM's labels of every token: expanded, trained, validated, and contracted again.
+
+    Of SGTM's variants the one that stops gradients at units' outputs, as Cloud's routing does, on routed tokens, and
+    masks parameters on kept ones.
+    """
     wide = tmp_path / "expanded"
     assert expand(Expand(environment / "model", NEW, "0-2"), wide).difference < 1e-4
     units = ["grad_routing.blocks.units.mlp_units=expanded", "grad_routing.blocks.units.heads=null"]
+    variant = "grad_routing.intervention.variant=gradient_routing"
     model = f"actor_rollout_ref.model.path={wide}"
-    run = train("sgtm", STEPS, *GIVEN, *units, *TOKENS, model, name="tokens-expanded")
+    run = train("sgtm", STEPS, *GIVEN, *units, *TOKENS, variant, model, name="tokens-expanded")
     assert max(run.curve("routing/share_mixed").values.tolist()) > 0  # rollouts of several routes
+    masses = [run.curve(f"routing/mass_{block}").values for block in ("quarantine", "deployed")]
+    assert (masses[0] < masses[1]).all()  # kept tokens train the deployed block alone, all others both
     assert_trained_and_exported(run, environment, tmp_path, {"both": OLD + NEW, "deployed": OLD})
 
 
