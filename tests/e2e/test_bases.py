@@ -59,7 +59,8 @@ def other_form(
         f"trainer.test_freq={STEPS}",
         f"trainer.save_freq={STEPS}",
     ]
-    run = train("absorb", STEPS, *SMALL, *settings, name=request.param)  # every rollout trains both blocks
+    name = f"form-{request.param}"  # presets run in the same folder
+    run = train("absorb", STEPS, *SMALL, *settings, name=name)  # every rollout trains both blocks
     folders = {blocks: tmp_path_factory.mktemp(request.param) / blocks for blocks in BLOCKS}
     checkpoint = run.folder / "checkpoints" / f"global_step_{STEPS}"
     for blocks, folder in folders.items():
