@@ -1,9 +1,8 @@
 """Freed memory stays with the process while a benchmark runs, as an accelerator's allocator keeps it.
 
 By default glibc hands large freed pieces back and takes them again, zeroed and page by page. How often, its heuristics
-decide and what ran before: an update of the embedded model took none or up to ten thousand fresh pages, 4% of its time,
-and the routed side of a pair, which holds a little more, took them more often. A layer's cost is told from that only
-where neither side does.
+decide and what ran before, and the side of a pair that holds a little more does it more often. A layer's cost is told
+from that only where neither side does.
 """
 
 from __future__ import annotations

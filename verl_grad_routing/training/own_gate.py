@@ -59,10 +59,8 @@ def with_current_log_probs(loss_function: Callable[..., Any], table: RoutingTabl
             own_R = torch.where(closed_R, current_R.to(old_R), old_R)
             offsets = torch.nn.functional.pad(lengths_B.cumsum(0), (1, 0))
             data = data.copy()  # the columns are shared
-            widths = {
-                "min_seqlen": int(lengths_B.min()),
-                "max_seqlen": int(lengths_B.max()),
-            }  # else padding is to all tokens' number
+            # without these, padding is to all tokens' number
+            widths = {"min_seqlen": int(lengths_B.min()), "max_seqlen": int(lengths_B.max())}
             data["old_log_probs"] = torch.nested.nested_tensor_from_jagged(own_R, offsets, **widths)
         return loss_function(model_output=model_output, data=data, **kwargs)
 
