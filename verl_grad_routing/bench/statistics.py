@@ -19,6 +19,7 @@ from verl_grad_routing.errors import UserError
 
 STEADY = 1.1  # fastest to slowest spin of a pair that counts
 AGAIN = 4  # times as many pairs as wanted are measured at most
+UNDECIDED = 4  # times as many pairs are kept where the first ones leave open on which side of its bound a ratio is
 SPIN = 60_000  # additions, some milliseconds
 
 
@@ -85,6 +86,32 @@ def interleave(
     if unsteady := sum(pair[0] > STEADY for pair in kept):
         print(f"the machine changed speed during {unsteady} of these {repeats} pairs: measure again later", flush=True)
     return [a for _, a, _ in kept], [b for _, _, b in kept]
+
+
+def measure_against(
+    bound: float, measure_a: Callable[[], float], measure_b: Callable[[], float], repeats: int, **settings: Any
+) -> tuple[RatioInterval, list[float], list[float]]:
+    """The ratio A/B with as many pairs as it takes to tell on which side of ``bound`` it is, within reason.
+
+    :func:`interleave` measures ``repeats`` pairs. If the bound lies in their interval, it goes on to ``UNDECIDED``
+    times as many, and the interval is that of all of them. There is no third look, so a ratio at its bound passes for
+    one within it in 5 of 100 cases at most (2.5 a look).
+
+    Args:
+        bound: Of the ratio's interval.
+        measure_a, measure_b, repeats: Of :func:`interleave`.
+        settings: More of its arguments.
+
+    Returns:
+        The ratio and both sides' samples.
+    """
+    a, b = interleave(measure_a, measure_b, repeats, **settings)
+    ratio = ratio_interval(a, b)
+    if not ratio.low <= bound < ratio.high:
+        return ratio, a, b
+    more_a, more_b = interleave(measure_a, measure_b, (UNDECIDED - 1) * repeats, **{**settings, "warmup": 0})
+    a, b = a + more_a, b + more_b
+    return ratio_interval(a, b), a, b
 
 
 def ratio_interval(

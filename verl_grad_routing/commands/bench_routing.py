@@ -11,7 +11,9 @@ import typer
 def routing(
     json: Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.")] = None,
     row: Annotated[list[str] | None, typer.Option("--row", help="Measure these rows alone; all by default.")] = None,
-    repeats: Annotated[int, typer.Option(min=3, help="Interleaved repetitions per row.")] = 100,
+    repeats: Annotated[
+        int, typer.Option(min=3, help="Pairs per row; 4 times as many if these leave the bound open.")
+    ] = 100,
     keep_memory: Annotated[
         bool, typer.Option(help="Let the process keep what it frees; otherwise glibc gives some of it back.")
     ] = True,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from verl_grad_routing.bench.kernel import decoder_case, linear_case, peak_memory, run
-from verl_grad_routing.bench.statistics import interleave, ratio_interval
+from verl_grad_routing.bench.routing import verdict
+from verl_grad_routing.bench.statistics import interleave, measure_against, ratio_interval
 from verl_grad_routing.errors import UserError
 
 
@@ -52,6 +53,24 @@ def test_the_interval_covers_the_true_median():
         interval = ratio_interval(a, [1.0] * 30, resamples=500, seed=seed)
         covered += interval.low <= 1.0 <= interval.high
     assert 180 <= covered <= 200  # 95 % nominal
+
+
+@pytest.mark.parametrize(
+    ("costs", "pairs", "said"),
+    [
+        ([1.01] * 4, 4, ""),
+        ([1.04] * 4, 4, ": EXCEEDED"),
+        ([1.0, 1.04, 1.0, 1.04, *[1.01] * 12], 16, ""),  # decided by the other twelve
+        ([1.0, 1.04] * 8, 16, ": UNDECIDED by 16 pairs, the bound is in the interval"),
+    ],
+)
+def test_a_ratio_that_may_be_on_either_side_of_its_bound_gets_four_times_the_pairs(costs, pairs, said):
+    measured = iter([1.0, *costs, 9.0])
+    settings = {"warmup": 1, "speed": lambda: 1.0}
+    ratio, a, b = measure_against(1.03, lambda: next(measured), lambda: 1.0, repeats=4, **settings)
+    assert ratio == ratio_interval(a, b) and ratio.pairs == pairs
+    assert (a, b) == (costs, [1.0] * pairs)  # the warm-up, once, is not among them
+    assert verdict(ratio, 1.03) == said
 
 
 @pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 2.0]), ([1.0], [0.0]), ([float("nan")], [1.0])])
