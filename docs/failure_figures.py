@@ -15,6 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from verl_grad_routing.compare.figures import OKABE_ITO, STYLE, to_svg
+from verl_grad_routing.compare.leakage import BaselineCurve, leakage
+from verl_grad_routing.detectors.evaluation import auroc
+from verl_grad_routing.directions.activation import difference_of_means, project
+from verl_grad_routing.directions.controls import haar_directions
 from verl_grad_routing.gates import GATES
 from verl_grad_routing.routing import Route, block_masks, routed_lora
 from verl_grad_routing.token_weights import Frequencies
@@ -179,6 +183,75 @@ def short_answers(samples: int = 24) -> Curves:
     return {"mean norm": ([float(length) for length in lengths], norms)}
 
 
+def saturation(undiscovered: float = 0.2) -> Curves:
+    """Leakage by the run's hack rate, three points more and less of it, on a baseline curve that flattens.
+
+    Baselines of 0 to 40% undesired data, hack rates 0.9 (1 - exp(-10 amount)).
+    """
+    amounts = (0.0, 0.05, 0.1, 0.2, 0.4)
+    curve = BaselineCurve(amounts, tuple(0.9 * (1 - math.exp(-10 * amount)) for amount in amounts))
+    rates = [index / 100 for index in range(3, 86)]
+
+    def read(off: float) -> list[float]:
+        return [leakage(curve, rate + off, undiscovered) for rate in rates]
+
+    return {
+        "as measured": (rates, read(0)),
+        "3 points more": (rates, read(0.03)),
+        "3 points less": (rates, read(-0.03)),
+        "without interpolation": (rates, [-math.log(1 - rate / 0.9) / 10 / undiscovered for rate in rates]),
+    }
+
+
+Sides = tuple[torch.Tensor, torch.Tensor]
+
+
+def sides(pairs: int, shift: float, accident: float, truth_2d: torch.Tensor, draw: torch.Generator) -> Sides:
+    """(unwanted, wanted) activations [P, 1, d] of pairs: noise of variance 1 a dimension, and a shift between them.
+
+    The shift lies along the first row of ``truth_2d``, and ``accident`` times as much of it along the second.
+    """
+    shape = (pairs, 1, truth_2d.shape[1])
+    wanted, noise = (torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(2))
+    return noise + shift * (truth_2d[0] + accident * truth_2d[1]), wanted
+
+
+def few_pairs(draws: int = 20, dimensions: int = 256) -> Curves:
+    """Cosine between the direction of some pairs and the true one, by the number of pairs, mean over draws."""
+    truth_2d, draw = haar_directions(2, [1], dimensions, 0)[:, 0].double(), torch.Generator().manual_seed(0)
+    counts = [2, 4, 8, 16, 32, 64]
+    found: Curves = {}
+    for shift in (8.0, 4.0):
+        cosines = []
+        for pairs in counts:
+            made = [difference_of_means(*sides(pairs, shift, 0.0, truth_2d, draw)) for _ in range(draws)]
+            cosines.append(sum(float(one.vectors_Ld[0].double() @ truth_2d[0]) for one in made) / draws)
+        found[f"sides {shift:g} standard deviations apart"] = ([float(pairs) for pairs in counts], cosines)
+    return found
+
+
+def accident(draws: int = 20, dimensions: int = 256, rollouts: int = 200) -> Curves:
+    """Ten pairs whose sides also differ in something else, which rollouts have whatever they do: mean over draws.
+
+    Rollouts vary along it as much as hacks and others are apart, 4 standard deviations of the noise.
+    """
+    truth_2d, draw = haar_directions(2, [1], dimensions, 0)[:, 0].double(), torch.Generator().manual_seed(0)
+    x, held_out, separates = [index / 2 for index in range(9)], [], []
+    hack_B = torch.arange(2 * rollouts) < rollouts
+    for size in x:
+        accuracy = area = 0.0
+        for _ in range(draws):
+            direction = difference_of_means(*sides(10, 4.0, size, truth_2d, draw))
+            rows_B1d = torch.randn(2 * rollouts, 1, dimensions, generator=draw, dtype=torch.float64)
+            of_its_own_B = torch.randn(2 * rollouts, generator=draw, dtype=torch.float64)
+            rows_B1d += 4 * (hack_B[:, None] * truth_2d[0] + of_its_own_B[:, None] * truth_2d[1])[:, None]
+            accuracy += direction.held_out_accuracy / draws
+            area += auroc(project(rows_B1d, direction.vectors_Ld[None])[:, 0], hack_B) / draws
+        held_out.append(accuracy)
+        separates.append(area)
+    return {"held-out pairs in order": (x, held_out), "AUROC among rollouts": (x, separates)}
+
+
 FIGURES: dict[str, tuple[Callable[[], Curves], str, str, str]] = {
     "frozen_block": (frozen_block, "steps of other blocks", "parameter", "linear"),
     "clipping": (clipping, "norm of the quarantine's gradient", "deployed gradient left", "linear"),
@@ -188,6 +261,9 @@ FIGURES: dict[str, tuple[Callable[[], Curves], str, str, str]] = {
     "flags": (flags, "true hack rate", "flags that are right", "linear"),
     "rare_tokens": (rare_tokens, "times seen in retain texts", "weight (1: not routed)", "log"),
     "short_answers": (short_answers, "tokens of the answer", "norm of its gradient", "linear"),
+    "saturation": (saturation, "hack rate of the run", "leakage", "linear"),
+    "few_pairs": (few_pairs, "pairs", "cosine with the true direction", "linear"),
+    "accident": (accident, "size of the other difference", "share", "linear"),
     "small_groups": (small_groups, "rollouts of a prompt", "standard error of the baseline", "linear"),
 }
 

@@ -12,6 +12,7 @@ from verl_grad_routing.registry import build_config, load_external_methods
 from verl_grad_routing.routing.dense.units import UnitsConfig
 
 MEANS = ("batch", "own_tokens", "own_rollouts")
+BLOCKS, SHARED = ("deployed", "quarantine"), "shared"
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,10 @@ class BlockOptimConfig:
         lr_ratio_quarantine: The quarantine's learning rate in units of the deployed block's, schedule included.
         betas_deployed: Adam's betas of the deployed block; ``None`` takes ``actor.optim.betas``.
         betas_quarantine: The same of the quarantine.
+        betas_shared: The same of what belongs to neither block (``units.shared``), which dense blocks alone have.
         weight_decay_deployed: Decoupled weight decay; ``None`` takes ``actor.optim.weight_decay``.
         weight_decay_quarantine: The same of the quarantine.
+        weight_decay_shared: The same of what belongs to neither block.
         decay_to_start: Decay towards the starting weights, ``p -= lr λ (p - p₀)``, instead of towards zero.
         clip_jointly: One norm over both blocks under ``actor.optim.clip_grad``, as in most of the literature, instead
             of a norm for each.
@@ -37,8 +40,10 @@ class BlockOptimConfig:
     lr_ratio_quarantine: float = 1.0
     betas_deployed: tuple[float, float] | None = None
     betas_quarantine: tuple[float, float] | None = None
+    betas_shared: tuple[float, float] | None = None
     weight_decay_deployed: float | None = None
     weight_decay_quarantine: float | None = None
+    weight_decay_shared: float | None = None
     decay_to_start: bool = False
     clip_jointly: bool = False
     mean_over: str = "batch"
@@ -47,14 +52,11 @@ class BlockOptimConfig:
     def __post_init__(self) -> None:
         if not (_is_number(self.lr_ratio_quarantine) and 0 < self.lr_ratio_quarantine < float("inf")):
             raise UserError("lr_ratio_quarantine", self.lr_ratio_quarantine, "give a positive number")
-        for block in ("deployed", "quarantine"):
+        for block in (*BLOCKS, SHARED):
             key, betas = f"betas_{block}", getattr(self, f"betas_{block}")
             if betas is not None:
-                if (
-                    isinstance(betas, str)
-                    or len(tuple(betas)) != 2
-                    or not all(_is_number(b) and 0 <= b < 1 for b in betas)
-                ):
+                pair = isinstance(betas, (list, tuple)) and len(betas) == 2
+                if not (pair and all(_is_number(b) and 0 <= b < 1 for b in betas)):
                     raise UserError(key, betas, "give two numbers in [0, 1), or null for actor.optim.betas")
                 object.__setattr__(self, key, tuple(betas))
             key, decay = f"weight_decay_{block}", getattr(self, f"weight_decay_{block}")
@@ -121,6 +123,10 @@ class BlocksConfig:
                 raise UserError(key, limit, "give a positive norm, or null for actor.optim.clip_grad")
             if limit is not None and self.optim.clip_jointly:
                 raise UserError(key, limit, "blocks are clipped jointly; unset it, or set optim.clip_jointly=false")
+        for key in (f"betas_{SHARED}", f"weight_decay_{SHARED}"):
+            value = getattr(self.optim, key)
+            if value is not None and self.kind == "adapters":
+                raise UserError(f"optim.{key}", value, "adapters share nothing between the blocks; set null")
 
     @property
     def total_rank(self) -> int:

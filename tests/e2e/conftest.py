@@ -43,11 +43,12 @@ LABELLED_BY_LETTERS = (
     "grad_routing.detector.min_silhouette=-1",
     "grad_routing.detector.min_cluster_share=0",
 )
-SHADOWS = ("advantage_modification", "persona_grad")
+SHADOWS = ("advantage_modification", "persona_grad", "labels_partial")
 # the second scores what it remembers again with the direction of every step
 SHADOW_SETTINGS = (
     SHADOWS[0],
     f"{{name: {SHADOWS[1]}, gate: {{window: 64, rescore: true}}, detector: {{refresh_every: 1}}}}",
+    SHADOWS[2],
 )
 
 # A direction that changes half-way, and a gate that scores its history again with the new one.

@@ -69,7 +69,7 @@ def test_blocks_of_another_form_reach_the_rollout_engine(engine_killed: EngineKi
 
 
 def test_rivals_score_the_same_rollouts_in_shadow(engine_killed: EngineKilled) -> None:
-    """One modifies rewards by activations, one routes by each rollout's own gradient."""
+    """One modifies rewards by activations, one routes by each rollout's own gradient, one by labels of one type."""
     run = load_run(engine_killed.folder)
     for name in SHADOWS:
         for key in ("agreement", "advantage_mass_discarded"):

@@ -1,5 +1,5 @@
-"""Two ranks with all that can ride on a routed run: confessions beside answers, updates kept in few directions, and
-blocks that read what pairs differ in.
+"""Two ranks with all that can ride on a routed run: confessions beside answers, updates kept in few directions, an L1
+term on the quarantine, a head start that ends, and blocks that read what pairs differ in.
 
 Ended by Ctrl-C, of which nothing is left; ``test_compare`` has kill -9.
 """
@@ -76,7 +76,9 @@ def two_ranks(environment: Path, cluster: str, tmp_path_factory: pytest.TempPath
         *demo_overrides(environment, 1000, seed=0),
         *SMALL,
         *CONFESSIONS,
-        f"grad_routing.blocks.hooks=[{{name: project_update, basis: '{basis}', rank: 5}}]",
+        f"grad_routing.blocks.hooks=[{{name: project_update, basis: '{basis}', rank: 5}},"
+        "{name: l1_activations, weight: 0.001}]",
+        "grad_routing.intervention.head_start_steps=2",
         "grad_routing.blocks.init=corda",
         f"grad_routing.blocks.contrast={contrast}",
         "grad_routing.hardware.ranks=2",
@@ -127,6 +129,11 @@ def test_confessions_are_trained_beside_routed_answers(two_ranks: Run) -> None:
 
 def test_updates_are_projected(two_ranks: Run) -> None:
     assert all(0 < share < 1 for share in finite(two_ranks, "routing/project_update/share_inside"))
+
+
+def test_the_quarantines_activations_are_measured_and_a_head_start_ends(two_ranks: Run) -> None:
+    assert min(finite(two_ranks, "routing/l1_activations/per_token")) > 0
+    assert finite(two_ranks, "intervention/head_start") == [1, 1, 0, 0]
 
 
 @pytest.mark.slow

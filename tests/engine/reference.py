@@ -29,6 +29,8 @@ DEFAULT: dict[int, tuple[Pair, Pair]] = {
 }
 STRICT = {**DEFAULT, ABSORB: ((1, 1), (1, 0))}
 ACTIVATION_MASKING = {**DEFAULT, ROUTE: ((0, 1), (0, 1))}
+HEAD_START_NOTHING = {**DEFAULT, ABSORB: ((1, 1), (0, 0))}
+HEAD_START_QUARANTINE = {**DEFAULT, ABSORB: ((1, 1), (0, 1))}
 
 
 def block_of(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from tests.engine.rollouts import RICH, Rollout
 from tests.engine.scenarios_probe import FEEDS
 from tests.engine.world import World, adapters_of, batch, scenario, state
+from verl_grad_routing.bench.kernel import peak_memory
 from verl_grad_routing.bottleneck import Bottleneck, digest
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.training.bottleneck_step import READ, ReadGradients
@@ -68,6 +70,7 @@ def bottleneck(world: World) -> dict[str, Any]:
     request = Project((), vectors(SVD), bottleneck=SVD)
     found["activation scores"] = world.infer(engine, rows, table=None, probe=request, micro=3)["activation_scores"]
     found["hooks left"] = _hooks(engine) - hooks
+    found["peaks"] = _peaks(world, engine)
     found["out of range"] = _refused(world, engine)
     found["trained"] = _what_is_left(world)
     return found
@@ -75,6 +78,17 @@ def bottleneck(world: World) -> dict[str, Any]:
 
 def _hooks(engine: Any) -> int:
     return sum(len(module._forward_hooks) for module in engine.module.modules())
+
+
+def _peaks(world: World, engine: Any) -> dict[int, int]:
+    """Bytes alive at once while so many times the rollouts are scored, in micro-batches of three."""
+    asked, peaks = ReadGradients(SVD, vectors(SVD)), {}
+    for times in (1, 4):
+        rows = world.rollouts * times
+        data = batch(world.mine(rows), len(rows), table=None, micro=3, **{READ: asked})
+        with engine.eval_mode():
+            peaks[times] = peak_memory(partial(engine.infer_batch, data), torch.device("cpu"))
+    return peaks
 
 
 def _refused(world: World, engine: Any) -> str:

@@ -134,6 +134,18 @@ def dense_optim(world: World) -> dict[str, Any]:
             world.train(one, world.rollouts if kind is None else routed(world.rollouts, kind), micro=3)
             values.append(parameters(one))
         found[name] = values
+    betas, decay = [0.5, 0.9], 0.4
+    groups = ("deployed", "quarantine", "shared")
+    apart = {f"betas_{group}": betas for group in groups} | {f"weight_decay_{group}": decay for group in groups}
+    for name, of_blocks, of_all in (
+        ("each alone", apart, {}),
+        ("actor's", {}, {"betas": betas, "weight_decay": decay}),
+        ("blocks alone", {key: value for key, value in apart.items() if "shared" not in key}, {}),
+    ):
+        shares = engine(world, ["norms"], own=of_blocks, optim=of_all)
+        for _ in range(2):
+            world.train(shares, world.rollouts, micro=3)
+        found[name] = block_states(world, shares)
     folder = str(world.scratch / "dense-optim")
     one.save_checkpoint(folder, global_step=1)
     dist.barrier()

@@ -30,10 +30,13 @@ def on_expanded(world: World) -> World:
 @scenario(1, 2)
 def era(world: World) -> dict[str, Any]:
     own = on_expanded(world)
+    checkpointed = own.engine(blocks=BLOCKS, checkpointing=True)
+    recomputed = own.gradients(checkpointed, own.rollouts, PLAIN, table=ERA, micro=3)
     one = own.engine(blocks=BLOCKS)
     found: dict[str, Any] = {
         "model": own.inputs.model_dir,
         "gradients": own.gradients(one, own.rollouts, PLAIN, table=ERA, micro=3),
+        "gradients, checkpointed": recomputed,
         "values": [parameters(one)],
         "metrics": [],
         "held": list(block_states(own, one)),

@@ -6,9 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from tests.engine.rollouts import PLAIN, RICH, Rollout, routed
-from tests.engine.variants import VARIANTS
+from tests.engine.variants import TABLES, VARIANTS
 from tests.engine.world import World, actor_loss, batch, parameters, scenario
-from verl_grad_routing import routing
 from verl_grad_routing.training.own_gate import CURRENT
 
 
@@ -23,7 +22,7 @@ def gradients(world: World) -> dict[str, Any]:
         if key not in engines:
             engines.clear()
             engines[key] = world.engine(**variant.engine)
-        options = {**variant.batch, "table": getattr(routing, variant.table)}
+        options = {**variant.batch, "table": TABLES[variant.table]}
         found[name] = world.gradients(engines[key], variant.rows(world.rollouts), variant.loss, **options)
     return found
 

@@ -32,6 +32,8 @@ def quarantine_off(world: World) -> dict[str, Any]:
         )["log_probs"]
         found[f"as sampled {feed}"] = world.gradients(engine, rows, RICH, sampled=True, **own, **options)
         found[f"as routed {feed}"] = world.gradients(engine, rows, RICH, sampled=True, **options)
+    checkpointed = world.engine(checkpointing=True)
+    found["as sampled checkpointed"] = world.gradients(checkpointed, rows, RICH, sampled=True, micro=3, **own)
     found["strict"] = world.gradients(
         engine, rows, sampled=True, table=STRICT, micro=3, **{OFF_TABLE: STRICT.without_quarantine()}
     )

@@ -69,6 +69,10 @@ def token_dense_gradients(world: World) -> dict[str, Any]:
     alpha = table("cloud", alpha=-0.75)
     for name, feed in {"weights": {"micro": 3}, "weights padded": {"micro": 2, "packed": False}}.items():
         found[name] = world.gradients(engine, with_token_weights(world.rollouts), table=alpha, **feed)
+    checkpointed = dense_engine(world, checkpointing=True)
+    found["weights checkpointed"] = world.gradients(
+        checkpointed, with_token_weights(world.rollouts), table=alpha, micro=3
+    )
     found["weights and routes"] = world.gradients(engine, with_token_weights(rows), table=alpha, micro=3)
     off_target = table("cloud", alpha=-0.75, off_target=0.0)
     found["weights off target"] = world.gradients(engine, with_token_weights(rows), table=off_target, micro=3)

@@ -124,6 +124,13 @@ def test_activations(feed, world, reference, inputs):
     assert close(torch.stack(world["bottleneck"]["activation scores"]), project(want, vectors(SVD)))
 
 
+@pytest.mark.parametrize("size", [1, 2], ids=["one rank", "two ranks"])
+def test_memory_does_not_grow_with_the_number_of_rollouts(size, worlds, inputs):
+    """A rollout more costs its columns and two scores, less than 5% of what it costs while its micro-batch runs."""
+    peaks, more = worlds(size)["bottleneck"]["peaks"], 3 * len(inputs.rollouts) / size
+    assert 0 < (peaks[4] - peaks[1]) / more < 0.05 * peaks[1] / 3
+
+
 def test_taking_them_leaves_nothing_behind(world):
     """No gradient, hook or module in training mode, and a later step is bitwise that of a run without."""
     assert world["bottleneck"]["hooks left"] == 0

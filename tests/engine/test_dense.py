@@ -114,6 +114,13 @@ def test_blocks_are_optimised_apart(name, world, inputs):
             assert off.float().mean() < 0.01, (index, parameter)
 
 
+def test_what_is_shared_takes_its_own_betas_and_decay(world):
+    each, of_actor, blocks_alone = (world["dense_optim"][name] for name in ("each alone", "actor's", "blocks alone"))
+    assert all(same(each[block], of_actor[block]) for block in ("deployed", "quarantine", "shared"))
+    means = [name for name in each["shared"] if name.endswith(" exp_avg")]
+    assert means and not any(torch.equal(each["shared"][name], blocks_alone["shared"][name]) for name in means)
+
+
 def test_a_run_that_decays_towards_its_start_is_not_resumed_as_another(world):
     assert world["dense_optim"]["refused"].startswith("grad_routing.blocks.optim.decay_to_start=True: the checkpoint's")
 

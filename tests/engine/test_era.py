@@ -31,12 +31,13 @@ class EraReference(DenseReference):
         self.flags = {name: entries(name, value.shape, (0, 2)) for name, value in self.values.items()}
 
 
-def test_gradients_are_clouds_on_old_and_new_units(world, inputs):
+@pytest.mark.parametrize("how", ["gradients", "gradients, checkpointed"])
+def test_gradients_are_clouds_on_old_and_new_units(how, world, inputs):
     found = world["era"]
     expected = EraReference(found["model"]).gradients(inputs.rollouts, table=MASKS)
-    assert found["gradients"].keys() == expected.keys()
+    assert found[how].keys() == expected.keys()
     for name, value in expected.items():
-        error = (found["gradients"][name].double() - value).norm() / value.norm().clamp(min=1e-3)
+        error = (found[how][name].double() - value).norm() / value.norm().clamp(min=1e-3)
         assert error < 1e-5, name
 
 

@@ -39,7 +39,7 @@ def test_log_probs_are_those_of_the_policy_that_sampled(feed, world, reference, 
     assert apart > 0.1  # the gates differ
 
 
-@pytest.mark.parametrize("feed", FEEDS)
+@pytest.mark.parametrize("feed", [*FEEDS, "checkpointed"])
 def test_they_train_as_they_were_sampled(feed, world, reference, inputs):
     assert relative_error(world["quarantine_off"][f"as sampled {feed}"], expected(reference, inputs)) < 1e-5
 

@@ -78,6 +78,7 @@ def test_routes_of_tokens_with_dense_blocks(case, world, dense, inputs):
 WEIGHTS = {  # case -> (table, whether tokens have routes of their own)
     "weights": (dense_reference.CLOUD, False),
     "weights padded": (dense_reference.CLOUD, False),
+    "weights checkpointed": (dense_reference.CLOUD, False),
     "weights and routes": (dense_reference.CLOUD, True),
     "weights off target": (dense_reference.CLOUD_OFF_TARGET, True),
 }

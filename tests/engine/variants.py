@@ -9,6 +9,23 @@ from typing import Any
 import torch
 
 from tests.engine.rollouts import PLAIN, RICH, Loss, Rollout, routed
+from verl_grad_routing.interventions import INTERVENTIONS
+from verl_grad_routing.routing import ACTIVATION_MASKING, DEFAULT, STRICT, RoutingTable
+
+
+def head_start(unflagged: str) -> RoutingTable:
+    """The table of ``route`` in the first of two steps of a head start."""
+    settings = {"name": "route", "head_start_steps": 2, "head_start_unflagged": unflagged}
+    return INTERVENTIONS.build(settings, "test").table_at(1)
+
+
+TABLES = {
+    "DEFAULT": DEFAULT,
+    "STRICT": STRICT,
+    "ACTIVATION_MASKING": ACTIVATION_MASKING,
+    "HEAD_START_NOTHING": head_start("nothing"),
+    "HEAD_START_QUARANTINE": head_start("quarantine"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,9 +82,13 @@ VARIANTS = {
     "rich loss dynamic": Variant(batch={"max_tokens": 40}, loss=RICH),
     "weights": Variant(batch={"micro": 3, "weighted": True}),
     "weights padded": Variant(batch={"micro": 2, "packed": False, "weighted": True}, sizes=ONE),
-    "strict table": Variant(batch={"micro": 3, "table": "STRICT"}, sizes=ONE),
-    "activation masking": Variant(batch={"micro": 3, "table": "ACTIVATION_MASKING"}, sizes=ONE),
+    "strict table": Variant(batch={"micro": 3, "table": "STRICT"}),
+    "activation masking": Variant(batch={"micro": 3, "table": "ACTIVATION_MASKING"}),
+    "head start": Variant(batch={"micro": 3, "table": "HEAD_START_NOTHING"}),
+    "head start, quarantine": Variant(batch={"micro": 3, "table": "HEAD_START_QUARANTINE"}),
     "checkpointed": Variant({"checkpointing": True}, batch={"micro": 3}),
+    "strict table checkpointed": Variant({"checkpointing": True}, batch={"micro": 3, "table": "STRICT"}),
+    "head start checkpointed": Variant({"checkpointing": True}, batch={"micro": 3, "table": "HEAD_START_NOTHING"}),
     "checkpointed padded": Variant({"checkpointing": True}, batch={"micro": 2, "packed": False}, loss=RICH, sizes=ONE),
     "packed to buckets": Variant({"fsdp": {"pad_to_length": True, "pad_to_length_bucket": 32}}, batch={"micro": 3}),
     "unequal ranks": Variant({"ranks": "unequal"}, batch={"micro": 3}),

@@ -18,7 +18,7 @@ def parameter_groups(blocks: Blocks, settings: BlockOptimConfig, actor: Any) -> 
     """One optimizer group a block; what a block does not set of its own stays ``actor.optim``'s.
 
     Args:
-        blocks: Parameters of each block, and of ``shared`` where dense blocks have it, which has nothing of its own.
+        blocks: Parameters of each block, and of ``shared`` where dense blocks have it.
         settings: ``grad_routing.blocks.optim``.
         actor: ``actor.optim``.
     """

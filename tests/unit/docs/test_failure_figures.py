@@ -18,6 +18,8 @@ PAGES = (
     "gates",
     "interventions",
     "labels",
+    "measures",
+    "persona",
     "persona_grad",
     "quarantine_off",
     "retain",
@@ -51,6 +53,14 @@ def test_worked_cases(figures: ModuleType) -> None:
     assert precision == pytest.approx([min(1, rate / 0.75) for rate in rates], abs=0.02)
     _, norms = figures.short_answers(4)["mean norm"]
     assert norms[0] > norms[2] > norms[4]
+    leaked = {label: dict(zip(*curve, strict=True)) for label, curve in figures.saturation().items()}
+    assert [leaked[label][0.2] for label in leaked] == pytest.approx([0.141, 0.162, 0.120, 0.126], abs=5e-4)
+    assert [leaked[label][0.85] for label in leaked] == pytest.approx([1.682, 1.967, 1.397, 1.445], abs=5e-4)
+    for shift, (counts, cosines) in zip((8, 4), figures.few_pairs().values(), strict=True):
+        assert cosines == pytest.approx([shift / (shift**2 + 2 * 256 / pairs) ** 0.5 for pairs in counts], abs=0.03)
+    (_, held_out), (_, separates) = figures.accident(8).values()
+    assert held_out[0] == pytest.approx(0.86, abs=0.06) and separates[0] == pytest.approx(0.91, abs=0.03)
+    assert held_out[-1] == 1 and separates[-1] == pytest.approx(0.56, abs=0.03)
 
 
 def test_every_figure_is_drawn_and_shown(figures: ModuleType) -> None:

@@ -107,10 +107,10 @@ class TestGroups:
     class Actor:
         lr, weight_decay, optimizer = 0.01, 0.1, "AdamW"
 
-    def groups(self, **settings):
+    def groups(self, names=("deployed", "quarantine"), **settings):
         from verl_grad_routing.training.block_optim import parameter_groups
 
-        blocks = {name: [torch.nn.Parameter(torch.ones(1))] for name in ("deployed", "quarantine")}
+        blocks = {name: [torch.nn.Parameter(torch.ones(1))] for name in names}
         found = parameter_groups(blocks, BlockOptimConfig(**settings), self.Actor())
         return [{key: value for key, value in group.items() if key not in ("params", "block")} for group in found]
 
@@ -122,12 +122,24 @@ class TestGroups:
         assert self.groups(**own) == [{"betas": (0.8, 0.9)}, {"lr": 0.02, "weight_decay": 0.0}]
         assert self.groups(decay_to_start=True) == [{"weight_decay": 0.0}, {"weight_decay": 0.0}]
 
+    def test_what_belongs_to_neither_block_may_have_its_own(self):
+        names, own = ("deployed", "quarantine", "shared"), {"betas_shared": (0.9, 0.95), "weight_decay_shared": 0.2}
+        assert self.groups(names, **own) == [{}, {}, {"betas": (0.9, 0.95), "weight_decay": 0.2}]
+        assert self.groups(names) == [{}, {}, {}]
+
+    @pytest.mark.parametrize("own", [{"betas_shared": (0.9, 0.95)}, {"weight_decay_shared": 0.2}])
+    def test_adapters_share_nothing(self, own):
+        with pytest.raises(UserError, match=r"optim\.\w+_shared=.*adapters share nothing"):
+            BlocksConfig(optim=BlockOptimConfig(**own))
+        BlocksConfig(kind="dense", optim=BlockOptimConfig(**own))
+
     @pytest.mark.parametrize(
         ("settings", "named"),
         [
             ({"lr_ratio_quarantine": 0}, "lr_ratio_quarantine=0"),
             ({"betas_deployed": (0.9,)}, "betas_deployed"),
             ({"betas_quarantine": (0.9, 1.0)}, "betas_quarantine"),
+            ({"betas_shared": 0.9}, r"betas_shared=0\.9"),
             ({"weight_decay_deployed": -0.1}, "weight_decay_deployed"),
             ({"mean_over": "subset"}, "own_rollouts"),
         ],

@@ -481,6 +481,65 @@ def test_bad_input_of_dense_blocks(folder: Path, name: str) -> None:
     assert key in message and fix in message and "\n" not in message
 
 
+@pytest.fixture
+def on_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The model as ``owner/name`` in the hub's cache, and no network."""
+    revision, cached = "0" * 40, folder / "hub" / "models--owner--name"
+    (cached / "snapshots" / revision).mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    (cached / "snapshots" / revision / "config.json").write_text(json.dumps(MODEL_CONFIG))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(folder / "hub"), raising=False)
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(folder / "hub"), raising=False)
+    return "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "told"),
+    [
+        ("sgtm", ["grad_routing.blocks.units.mlp_units=385"], "mlp_units=385"),
+        ("persona", ["grad_routing.detector.layers=[5]"], "layers"),
+        ("era", [], "vgr expand MODEL"),
+    ],
+)
+def test_a_model_of_the_hub_is_checked_as_a_folder_is(
+    folder: Path, on_the_hub: str, preset: str, overrides: list[str], told: str
+) -> None:
+    given = f"actor_rollout_ref.model.path={on_the_hub}"
+    if preset != "era":
+        check(folder, given, preset=preset)
+    with pytest.raises(UserError, match=told):
+        check(folder, given, *overrides, preset=preset)
+
+
+@pytest.mark.parametrize("preset", ["persona", "sgtm", "off"])
+@pytest.mark.parametrize("model", ["owner/other", "modle", "a/b/c/d"])
+def test_a_model_that_is_nowhere_is_refused(folder: Path, on_the_hub: str, preset: str, model: str) -> None:
+    told = rf"^actor_rollout_ref\.model\.path='{model}': neither a folder nor .*; run: vgr prepare loopholes"
+    with pytest.raises(UserError, match=told):
+        check(folder, f"actor_rollout_ref.model.path={model}", preset=preset)
+
+
+def test_a_folder_without_a_model_is_refused(folder: Path) -> None:
+    (folder / "model" / "config.json").unlink()
+    with pytest.raises(UserError, match=r"^actor_rollout_ref\.model\.path=.*: no config\.json there"):
+        check(folder)
+
+
+def test_what_only_workers_can_fetch_is_left_to_them(folder: Path) -> None:
+    for preset in ("persona", "sgtm"):
+        check(folder, "actor_rollout_ref.model.path='hdfs://cluster/model'", preset=preset)
+
+
+def test_a_group_of_one_reward_is_not_dropped_before_it_is_seen(folder: Path) -> None:
+    filtered = ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=seq_reward"]
+    with pytest.raises(UserError, match=r"^algorithm\.filter_groups\.enable=True: .* set false"):
+        check(folder, *filtered)
+    check(folder, *filtered, preset="off")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

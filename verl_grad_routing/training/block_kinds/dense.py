@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,9 +62,8 @@ class DenseUnits(BlockKind):
         if run.reads_activations and getattr(run.methods.detector.config, "score_pass", "auto") == "reference":
             fix = "without adapters no pass of the actor is the base model's; set auto, policy or ablated"
             raise UserError("grad_routing.detector.score_pass", "reference", fix)
-        folder = Path(str(run.get(f"{model}.path"))).expanduser()
-        if (folder / "config.json").is_file():
-            resolved(settings.blocks.units, Shape.of_folder(folder))
+        if run.shape:
+            resolved(settings.blocks.units, Shape.of(run.shape, str(run.get(f"{model}.path"))))
 
     def prepare(self, module: nn.Module, model_config: Any) -> nn.Module:
         self.blocks = resolved(self.config.units, Shape.of(model_config.hf_config.to_dict()))

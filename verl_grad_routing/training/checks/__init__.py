@@ -32,6 +32,7 @@ __all__ = ["CHECKS", "check"]
 CHECKS: tuple[Callable[[Run], None], ...] = (
     start.mandatory_values,
     start.trainer_mode,
+    start.files,
     model.strategies,
     model.kind,
     model.adapter,
@@ -42,7 +43,6 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     model.merge,
     methods.passes,
     methods.correction,
-    start.files,
     warm_up.card,
     methods.pairs,
     methods.rescoring,
@@ -64,6 +64,7 @@ CHECKS: tuple[Callable[[Run], None], ...] = (
     confessions.lengths,
     sampling.two_adapters,
     sampling.quarantine_off,
+    sampling.filtered_groups,
     tokens.token_routes,
     tokens.rollout_gate,
     tokens.shadows,

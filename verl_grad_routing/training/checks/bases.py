@@ -64,7 +64,8 @@ def precision(run: Run) -> None:
 def optimisation(run: Run) -> None:
     """A block's own betas need an optimizer that has some, and a mean over a block's own part what the loss counts."""
     optim, optimizer = run.settings.blocks.optim, run.get("actor_rollout_ref.actor.optim.optimizer", "AdamW")
-    if run.routed and (optim.betas_deployed is not None or optim.betas_quarantine is not None):
+    betas = (optim.betas_deployed, optim.betas_quarantine, optim.betas_shared)
+    if run.routed and any(own is not None for own in betas):
         from verl_grad_routing.training.block_optim import check_betas
 
         check_betas(str(optimizer))

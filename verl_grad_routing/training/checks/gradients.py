@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from verl_grad_routing.errors import UserError
-from verl_grad_routing.training.checks.run import Run, get
+from verl_grad_routing.training.checks.run import Run
 
 
 def gradient_pass(run: Run) -> None:
@@ -23,10 +20,8 @@ def gradient_pass(run: Run) -> None:
 def bottleneck_rank(run: Run) -> None:
     """A rank above the residual stream's width; narrower layers are found when the model is there."""
     config = run.methods.detector.config
-    path = Path(str(run.get("actor_rollout_ref.model.path"))).expanduser() / "config.json"
-    if not run.reads_activations or config.coordinates == "residual" or not path.is_file():
+    if not run.reads_activations or config.coordinates == "residual":
         return
-    shape = json.loads(path.read_text())
-    width = shape.get("hidden_size", get(shape, "text_config.hidden_size"))
+    width = run.shape_number("hidden_size")
     if width is not None and config.rank > width:
         raise UserError("grad_routing.detector.rank", config.rank, f"the model is {width} wide; give at most that")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from verl_grad_routing.config import Methods
 from verl_grad_routing.directions import load_pairs
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.shadows import build_shadows, told_of
-from verl_grad_routing.training.checks.run import Run, get
+from verl_grad_routing.training.checks.run import Run
 
 LATE = 10**9  # a step after every schedule
 
@@ -147,10 +144,8 @@ def hooks(run: Run) -> None:
 
 
 def layers(run: Run) -> None:
-    path = Path(str(run.get("actor_rollout_ref.model.path"))).expanduser() / "config.json"
-    if not ((run.reads_activations or run.reads_fingerprints) and path.is_file()):
+    if not (run.reads_activations or run.reads_fingerprints):
         return
-    shape = json.loads(path.read_text())
-    count = shape.get("num_hidden_layers", get(shape, "text_config.num_hidden_layers"))
+    count = run.shape_number("num_hidden_layers")
     if count is not None:
         run.methods.detector.resolve_layers(count)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 from verl_grad_routing.config import GradRoutingConfig, Methods, build_methods, parse
+from verl_grad_routing.training.checks.model_shape import model_shape, shape_number
 
 MISSING = "???"
 
@@ -30,6 +32,14 @@ class Run:
 
     def get(self, key: str, default: Any = None) -> Any:
         return get(self.config, key, default)
+
+    @cached_property
+    def shape(self) -> dict[str, Any]:
+        """The model's configuration; empty where only verl's workers can read it. Raises ``UserError``."""
+        return model_shape(str(self.get("actor_rollout_ref.model.path")))
+
+    def shape_number(self, name: str) -> int | None:
+        return shape_number(self.shape, name)
 
     @property
     def routed(self) -> bool:

@@ -38,6 +38,16 @@ def two_adapters(run: Run) -> None:
         raise UserError(LOOP_KEY, loop, fix)
 
 
+def filtered_groups(run: Run) -> None:
+    """verl drops groups whose rewards are all the same in its replay buffer, before anything here sees them.
+
+    They teach nothing, but detector and gate are to see every rollout: a group in which all hack is one of these.
+    """
+    key = "algorithm.filter_groups.enable"
+    if run.routed and run.get(key):
+        raise UserError(key, True, "verl would drop groups of one reward before detector and gate see them; set false")
+
+
 def quarantine_off(run: Run) -> None:
     """A whole number of prompts or rollouts, and nothing that submits prompts while the other policy is loaded."""
     share = run.settings.quarantine_off_share
@@ -52,7 +62,6 @@ def quarantine_off(run: Run) -> None:
             fix = "a group of one rollout has nothing to be compared with; give each part two, or advantages together"
             raise UserError("grad_routing.quarantine_off_share", share, fix)
     for key, reason in (
-        ("algorithm.filter_groups.enable", "prompts that replace filtered groups would all be sampled without it"),
         (
             "trainer.v1.sampler.sync_refill_failed_groups",
             "prompts that replace failed ones would be sampled without it",

@@ -58,8 +58,10 @@ def files(run: Run) -> None:
     model = run.get("actor_rollout_ref.model.path")
     if model is None:
         raise UserError("actor_rollout_ref.model.path", None, "give the model's folder")
-    if str(model).startswith(("/", ".", "~")) and not Path(str(model)).expanduser().is_dir():
-        raise UserError("actor_rollout_ref.model.path", model, f"no such folder{hint}")
+    try:
+        _ = run.shape
+    except UserError as error:
+        raise UserError(error.key, error.value, f"{error.fix}{hint}") from error
     for key in ("data.train_files", "data.val_files"):
         value = run.get(key)
         for name in value if isinstance(value, list) else [value]:

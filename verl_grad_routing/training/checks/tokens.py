@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.shadows import KEY, build_shadows, told_of
-from verl_grad_routing.training.checks.run import Run, get
+from verl_grad_routing.training.checks.run import Run
 
 GATE = "grad_routing.gate"
 
@@ -69,9 +66,7 @@ def token_weights(run: Run) -> None:
     if run.settings.compare:
         fix = "methods in shadow are compared by the routes of rollouts; leave it empty with weights of tokens"
         raise UserError(KEY, list(run.settings.compare), fix)
-    path = Path(str(run.get("actor_rollout_ref.model.path"))).expanduser() / "config.json"
-    shape = json.loads(path.read_text()) if path.is_file() else {}
-    size = shape.get("vocab_size", get(shape, "text_config.vocab_size"))
+    size = run.shape_number("vocab_size")
     if size is not None and len(weights_V) < size:
         fix = f"it has {len(weights_V)} tokens and the model {size}; write it with vgr token-weights and this model"
         raise UserError(key, intervention.config.token_weights, fix)
