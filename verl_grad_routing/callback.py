@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Any, cast
 
 from hydra.experimental.callback import Callback
@@ -25,3 +26,6 @@ class CheckBeforeRay(Callback):
             sys.exit(str(error))  # Hydra swallows exceptions of callbacks; SystemExit is none
         except OmegaConfBaseException as error:
             sys.exit(f"{getattr(error, 'full_key', None) or 'configuration'}: {str(error).splitlines()[0]}")
+        except Exception as error:  # else the run would go on unchecked, with a warning
+            traceback.print_exc()
+            sys.exit(f"checking the configuration failed ({type(error).__name__}): please report the lines above")

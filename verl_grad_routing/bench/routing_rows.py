@@ -30,17 +30,19 @@ UNITS = {"mlp_units": 64, "heads": 1, "shared": ["embeddings", "head", "norms"]}
 CLOUD_UNITS = {"mlp_units": "0-79", "shared": ["embeddings", "head"]}
 NEW_UNITS = 64
 # What presets set of how blocks are optimised.
-TO_START = {"decay_to_start": True}
-STRICT_OPTIM = {
-    **{f"betas_{block}": [0.9, 0.99] for block in ("deployed", "quarantine")},
-    **{f"weight_decay_{block}": 0.1 for block in ("deployed", "quarantine")},
-    "clip_jointly": True,
-}
-SGTM_OPTIM = {
-    **{f"betas_{block}": [0.9, 0.95] for block in ("deployed", "quarantine")},
-    **{f"weight_decay_{block}": 0.1 for block in ("deployed", "quarantine")},
-    "freeze_inactive": False,
-}
+BLOCKS, WITH_SHARED = ("deployed", "quarantine"), ("deployed", "quarantine", "shared")
+
+
+def _adam(beta: float, groups: Sequence[str]) -> dict[str, Any]:
+    """AdamW(.9, beta) with decay .1 of these groups, as all of the papers' codes have."""
+    return {f"betas_{group}": [0.9, beta] for group in groups} | {f"weight_decay_{group}": 0.1 for group in groups}
+
+
+TO_START = {**_adam(0.99, BLOCKS), "decay_to_start": True}
+STRICT_OPTIM = {**_adam(0.99, BLOCKS), "clip_jointly": True}
+SGTM_OPTIM = {**_adam(0.95, WITH_SHARED), "freeze_inactive": False}
+CLOUD_OPTIM = {"clip_jointly": True, "freeze_inactive": False}
+ERA_OPTIM = {**_adam(0.95, WITH_SHARED), "clip_jointly": False}  # the rest is cloud's
 RANKS = {"deployed_rank": 8, "quarantine_rank": 8}
 SHARES = {Route.ROUTE: 0.5, Route.ABSORB: 0.25, Route.KEEP: 0.25}
 """Routes of the routed batch: all three kernels' paths are taken."""
@@ -172,9 +174,15 @@ ERA = {"name": "cloud", "alpha": -0.75}
 _NO_LIMITS = {"clip_norm_deployed": math.inf, "clip_norm_quarantine": math.inf}
 for _name, _intervention, _blocks, _model, _weighted in (
     ("sgtm", {"name": "sgtm"}, {"units": UNITS, "optim": SGTM_OPTIM, **_NO_LIMITS}, Path, False),
-    ("cloud", CLOUD, {"units": CLOUD_UNITS}, Path, False),
-    ("cloud, token weights", CLOUD, {"units": CLOUD_UNITS}, Path, True),
-    ("era", ERA, {"units": {**CLOUD_UNITS, "mlp_units": "expanded"}}, expanded, False),
+    ("cloud", CLOUD, {"units": CLOUD_UNITS, "optim": CLOUD_OPTIM}, Path, False),
+    ("cloud, token weights", CLOUD, {"units": CLOUD_UNITS, "optim": CLOUD_OPTIM}, Path, True),
+    (
+        "era",
+        ERA,
+        {"units": {**CLOUD_UNITS, "mlp_units": "expanded"}, "optim": {**CLOUD_OPTIM, **ERA_OPTIM}, **_NO_LIMITS},
+        expanded,
+        False,
+    ),
 ):
     _routed = dense_update(_intervention, _blocks, _model, _weighted)
     register_row(_name, Row("full parameters", DENSE_BOUND, _routed, stock_update(_model)))

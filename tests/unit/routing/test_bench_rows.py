@@ -32,7 +32,9 @@ def test_units_and_factors_are_the_presets() -> None:
 
     assert (optim("sgtm"), optim("strict")) == (rows.SGTM_OPTIM, rows.STRICT_OPTIM)
     assert all(optim(name) == rows.TO_START for name in ("pissa", "corda", "scorda"))
-    assert preset("sgtm")["grad_routing"]["blocks"]["clip_norm_deployed"] == float("inf")
+    assert (optim("cloud"), optim("era")) == (rows.CLOUD_OPTIM, rows.ERA_OPTIM)
+    for name in ("sgtm", "era"):
+        assert preset(name)["grad_routing"]["blocks"]["clip_norm_deployed"] == float("inf")
     intervention = preset("cloud")["grad_routing"]["intervention"]
     assert intervention["alpha"] == rows.CLOUD["alpha"] and intervention["off_target"] == 1.0
     assert preset("era")["grad_routing"]["intervention"]["alpha"] == rows.ERA["alpha"]

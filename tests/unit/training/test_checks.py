@@ -517,15 +517,57 @@ def test_a_model_of_the_hub_is_checked_as_a_folder_is(
 @pytest.mark.parametrize("preset", ["persona", "sgtm", "off"])
 @pytest.mark.parametrize("model", ["owner/other", "modle", "a/b/c/d"])
 def test_a_model_that_is_nowhere_is_refused(folder: Path, on_the_hub: str, preset: str, model: str) -> None:
-    told = rf"^actor_rollout_ref\.model\.path='{model}': neither a folder nor .*; run: vgr prepare loopholes"
-    with pytest.raises(UserError, match=told):
+    told = rf"^actor_rollout_ref\.model\.path='{model}': no such folder, nor a model of the Hugging Face hub"
+    with pytest.raises(UserError, match=told) as caught:
         check(folder, f"actor_rollout_ref.model.path={model}", preset=preset)
+    assert "\n" not in str(caught.value) and "vgr prepare" not in str(caught.value)
 
 
-def test_a_folder_without_a_model_is_refused(folder: Path) -> None:
-    (folder / "model" / "config.json").unlink()
-    with pytest.raises(UserError, match=r"^actor_rollout_ref\.model\.path=.*: no config\.json there"):
+@pytest.mark.parametrize("certain", [True, False])
+def test_a_hub_that_does_not_answer_here_may_answer_workers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], certain: bool
+) -> None:
+    """They may have another network or token; a model that is not there is there for nobody."""
+    from huggingface_hub.errors import HFValidationError
+
+    def asked(model: str) -> None:
+        raise OSError("gone\nfor good") from (HFValidationError() if certain else ConnectionError())
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", asked)
+    given = "actor_rollout_ref.model.path=owner/name"
+    if certain:
+        with pytest.raises(UserError, match=r"\(gone\)"):
+            check(folder, given)
+        return
+    for preset in ("persona", "sgtm"):
+        check(folder, given, preset=preset)
+    assert "WARN: actor_rollout_ref.model.path='owner/name' cannot be looked at here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "no config.json there"), ("{", "cannot be read: Expecting"), ("[]", "is no mapping")],
+)
+def test_a_folder_without_a_readable_model_is_refused(folder: Path, content: str | None, told: str) -> None:
+    file = folder / "model" / "config.json"
+    file.unlink()
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=rf"^actor_rollout_ref\.model\.path=.*{told}.*; run: vgr prepare loopholes"):
         check(folder)
+
+
+def test_a_defect_of_the_checks_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hydra would go on with a warning, unchecked."""
+    from verl_grad_routing.callback import CheckBeforeRay
+
+    def broken(config: object) -> None:
+        raise KeyError("defect")
+
+    monkeypatch.setattr("verl_grad_routing.training.checks.check", broken)
+    with pytest.raises(SystemExit, match=r"checking the configuration failed \(KeyError\)"):
+        CheckBeforeRay().on_job_start(OmegaConf.create({"grad_routing": {}}))
 
 
 def test_what_only_workers_can_fetch_is_left_to_them(folder: Path) -> None:

@@ -45,7 +45,9 @@ def filtered_groups(run: Run) -> None:
     """
     key = "algorithm.filter_groups.enable"
     if run.routed and run.get(key):
-        raise UserError(key, True, "verl would drop groups of one reward before detector and gate see them; set false")
+        raise UserError(
+            key, True, "verl would drop groups of one reward before detector, gate and metrics see them; set false"
+        )
 
 
 def quarantine_off(run: Run) -> None:

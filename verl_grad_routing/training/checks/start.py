@@ -61,7 +61,8 @@ def files(run: Run) -> None:
     try:
         _ = run.shape
     except UserError as error:
-        raise UserError(error.key, error.value, f"{error.fix}{hint}") from error
+        local = str(model).startswith(("/", ".", "~")) or Path(str(model)).is_dir()
+        raise UserError(error.key, error.value, f"{error.fix}{hint if local else ''}") from error
     for key in ("data.train_files", "data.val_files"):
         value = run.get(key)
         for name in value if isinstance(value, list) else [value]:
