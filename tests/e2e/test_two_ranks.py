@@ -78,7 +78,7 @@ def two_ranks(environment: Path, cluster: str, tmp_path_factory: pytest.TempPath
         *CONFESSIONS,
         f"grad_routing.blocks.hooks=[{{name: project_update, basis: '{basis}', rank: 5}},"
         "{name: l1_activations, weight: 0.001}]",
-        "grad_routing.intervention.head_start_steps=2",
+        "+grad_routing.intervention.head_start_steps=2",
         "grad_routing.blocks.init=corda",
         f"grad_routing.blocks.contrast={contrast}",
         "grad_routing.hardware.ranks=2",
