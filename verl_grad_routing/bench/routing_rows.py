@@ -18,6 +18,7 @@ import torch
 
 from verl_grad_routing.bench.gradient_scores import forward_backward, scores
 from verl_grad_routing.bench.step import ROLLOUTS, Bench, build_engine, make_batch, make_loss, update_actor
+from verl_grad_routing.config import BLOCKS, SHARED
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.interventions import INTERVENTIONS
 from verl_grad_routing.routing import DEFAULT, STRICT, Contrast, Route, RoutingTable, save_contrast
@@ -29,8 +30,6 @@ ADAPTER_BOUND, DENSE_BOUND, SCORES_BOUND = 1.03, 1.05, 1.1
 UNITS = {"mlp_units": 64, "heads": 1, "shared": ["embeddings", "head", "norms"]}
 CLOUD_UNITS = {"mlp_units": "0-79", "shared": ["embeddings", "head"]}
 NEW_UNITS = 64
-# What presets set of how blocks are optimised.
-BLOCKS, WITH_SHARED = ("deployed", "quarantine"), ("deployed", "quarantine", "shared")
 
 
 def _adam(beta: float, groups: Sequence[str]) -> dict[str, Any]:
@@ -38,11 +37,12 @@ def _adam(beta: float, groups: Sequence[str]) -> dict[str, Any]:
     return {f"betas_{group}": [0.9, beta] for group in groups} | {f"weight_decay_{group}": 0.1 for group in groups}
 
 
+# What presets set of how blocks are optimised.
 TO_START = {**_adam(0.99, BLOCKS), "decay_to_start": True}
 STRICT_OPTIM = {**_adam(0.99, BLOCKS), "clip_jointly": True}
-SGTM_OPTIM = {**_adam(0.95, WITH_SHARED), "freeze_inactive": False}
+SGTM_OPTIM = {**_adam(0.95, (*BLOCKS, SHARED)), "freeze_inactive": False}
 CLOUD_OPTIM = {"clip_jointly": True, "freeze_inactive": False}
-ERA_OPTIM = {**_adam(0.95, WITH_SHARED), "clip_jointly": False}  # the rest is cloud's
+ERA_OPTIM = {**_adam(0.95, (*BLOCKS, SHARED)), "clip_jointly": False}  # the rest is cloud's
 RANKS = {"deployed_rank": 8, "quarantine_rank": 8}
 SHARES = {Route.ROUTE: 0.5, Route.ABSORB: 0.25, Route.KEEP: 0.25}
 """Routes of the routed batch: all three kernels' paths are taken."""
