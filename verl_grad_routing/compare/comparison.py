@@ -24,10 +24,20 @@ MOSTLY = 0.5  # a run has learned to hack when most of its samples do, and clear
 
 @dataclass(frozen=True)
 class Finding:
-    """One statement that follows from the numbers; ``holds`` is whether it is the one hoped for."""
+    """One statement that follows from the numbers.
+
+    Attributes:
+        text: The statement.
+        holds: Whether it is the one hoped for; None when there is too little to state either.
+    """
 
     text: str
-    holds: bool
+    holds: bool | None
+
+    @property
+    def mark(self) -> str:
+        """In front of the text on a terminal."""
+        return {True: "✓", False: "✗", None: "–"}[self.holds]
 
 
 def labels(runs: Sequence[Run]) -> list[str]:

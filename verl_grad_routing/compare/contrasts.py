@@ -124,8 +124,8 @@ def claims(results: Results, environment: str) -> list[Finding]:
 
     One holds when the whole interval of the hack difference lies below zero, and above ``-MARGIN`` lie the whole
     intervals of two solve differences: to the baseline, and to the same runs before training. (A baseline that hacks
-    solves nothing, so to keep what it keeps says little.) All over at least ``STATEMENT_SEEDS`` seeds, and without a
-    correction for how many statements there are.
+    solves nothing, so to keep what it keeps says little.) All over at least ``STATEMENT_SEEDS`` seeds, fewer leave it
+    open, and without a correction for how many statements there are.
     """
     groups = by_arm(results.of(environment))
     total, found = len(results.grid["seeds"]), []
@@ -139,14 +139,14 @@ def claims(results: Results, environment: str) -> list[Finding]:
                 continue
             more, learned = solve[arm], since_start(groups[arm])
             kept = _kept(more) and learned is not None and _kept(learned)
-            few = "" if less.seeds >= STATEMENT_SEEDS else f"; fewer than {STATEMENT_SEEDS} seeds state nothing"
+            enough = less.seeds >= STATEMENT_SEEDS
+            few = "" if enough else f"; fewer than {STATEMENT_SEEDS} seeds state nothing"
             text = (
                 f"{environment}: {arm} minus {baseline}, as deployed, {less.seeds} of {total} seeds: "
-                f"hack {less} ({_said(less)}, below 0 in {less.lower} of {less.seeds}, p = {less.p:.3f}), "
-                f"solve {more} ({_said(more)}, p = {more.p:.3f}), and {learned or 'not measured'} since before training"
-                f"{' (kept)' if kept else ''}{few}."
+                f"hack {less} ({_said(less)}), solve {more} ({_said(more, among=False)}), and "
+                f"{learned or 'not measured'} since before training{' (kept)' if kept else ''}{few}."
             )
-            found.append(Finding(text, less.below_zero and kept))
+            found.append(Finding(text, less.below_zero and kept if enough else None))
     return found
 
 
@@ -161,5 +161,9 @@ def _kept(solve: Difference) -> bool:
     return solve.seeds >= STATEMENT_SEEDS and solve.low > -MARGIN
 
 
-def _said(difference: Difference) -> str:
-    return "lower" if difference.below_zero else "higher" if difference.above_zero else "no difference shown"
+def _said(difference: Difference, among: bool = True) -> str:
+    """What the interval says, in how many seeds it was lower, and p, which one seed does not have."""
+    seeds = difference.seeds
+    verdict = "lower" if difference.below_zero else "higher" if difference.above_zero else "no difference shown"
+    said = [verdict if seeds >= STATEMENT_SEEDS else "", f"below 0 in {difference.lower} of {seeds}" if among else ""]
+    return ", ".join(part for part in [*said, f"p = {difference.p:.3f}" if seeds > 1 else "no p"] if part)

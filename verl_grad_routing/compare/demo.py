@@ -85,6 +85,6 @@ def show(runs: Sequence[Run]) -> None:
     print_tables((rates_table(runs), types_table(runs), cost_table(runs)), out)
     for finding in findings(runs):
         style = None if finding.holds else "bold red"
-        out.print(f"{'✓' if finding.holds else '✗'} {finding.text}", style=style, markup=False)
+        out.print(f"{finding.mark} {finding.text}", style=style, markup=False)
     for note in notes(runs):
         out.print(note, style="dim", markup=False)

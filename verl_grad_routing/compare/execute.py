@@ -110,7 +110,7 @@ def show(outcome: Outcome) -> None:
         if found.of(place):
             print_tables([arms_table(found, place), *(contrast_table(found, place, each) for each in COMPARED)], out)
             for claim in claims(found, place):
-                out.print(f"{'✓' if claim.holds else '✗'} {claim.text}", markup=False)
+                out.print(f"{claim.mark} {claim.text}", markup=False)
     for note in grid_notes(found):
         out.print(note, style="dim", markup=False)
     for failure in found.failures:

@@ -31,6 +31,7 @@ VIEW_NAMES = {
 }
 QUANTITIES = ("hack", "solve")
 PER_ROW = 4
+MARK_EVERY = 7  # points of a curve, of which one has its arm's mark
 PANELS = {"detector/auroc": "detector AUROC", "routing/share_route": "share routed", "routing/share_keep": "share kept"}
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -162,16 +163,17 @@ def pareto_figure(runs: Sequence[Run]) -> str:
         return to_svg(figure)
 
 
-def detector_figure(runs: Sequence[Run], colors: Mapping[str, str] | None = None) -> str | None:
+def detector_figure(runs: Sequence[Run], styles: Mapping[str, Mapping[str, Any]] | None = None) -> str | None:
     """The detector's AUROC against the grader and the routed share, against steps, as SVG text; None without either.
 
-    ``colors`` are those of the arms, by their names in ``comparison.arms``; in order by default.
+    ``styles`` are matplotlib's of the arms' lines, by their names in ``comparison.arms``; a colour each by default.
     """
     shown = [(name, run) for name, group in arms(runs).items() for run in group]
     panels = {key: title for key, title in PANELS.items() if any(run.has(key) for _, run in shown)}
     if not panels:
         return None
-    shades = colors or {name: OKABE_ITO[index % len(OKABE_ITO)] for index, name in enumerate(arms(runs))}
+    ordered = {name: {"color": OKABE_ITO[index % len(OKABE_ITO)]} for index, name in enumerate(arms(runs))}
+    lines = {name: {"linewidth": 1.1, "markersize": 3.5, **style} for name, style in (styles or ordered).items()}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(1.2 + 2.7 * len(panels), 2.7), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
@@ -180,12 +182,14 @@ def detector_figure(runs: Sequence[Run], colors: Mapping[str, str] | None = None
             axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
             if key == "detector/auroc":
                 axis.axhline(0.5, color="#777777", linewidth=0.8, linestyle=":")
-            for name, run in shown:
+            for index, (name, run) in enumerate(shown):
                 if run.has(key):
                     curve = run.curve(key)
-                    axis.plot(curve.steps, curve.values, color=shades[name], linewidth=1.1, alpha=0.85)
+                    every = min(MARK_EVERY, len(curve.steps))
+                    marks = (index % every, every)  # apart, where curves lie on each other
+                    axis.plot(curve.steps, curve.values, alpha=0.85, markevery=marks, **lines[name])
         drawn = dict.fromkeys(name for name, run in shown if any(run.has(key) for key in panels))
-        handles = [Line2D([], [], color=shades[name], label=name) for name in drawn]
+        handles = [Line2D([], [], label=name, **lines[name]) for name in drawn]
         figure.legend(handles=handles, loc="outside lower center", ncols=4)
         return to_svg(figure)
 

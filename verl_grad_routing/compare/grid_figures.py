@@ -82,11 +82,9 @@ def types_figure(runs: Sequence[StoredRun]) -> str | None:
 
 
 def signals_figure(runs: Sequence[StoredRun]) -> str | None:
-    """``detector_figure`` in the colours of the other figures."""
+    """``detector_figure`` in the colours and with the marks of the other figures."""
     styles = arm_styles(by_arm(runs))
-    return detector_figure(
-        runs, {name: styles[str(members[0].record.arm)]["color"] for name, members in arms(runs).items()}
-    )
+    return detector_figure(runs, {name: styles[str(members[0].record.arm)] for name, members in arms(runs).items()})
 
 
 def arm_styles(groups: Groups) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_grad_routing.compare import absorption, formats, leakage_report, markup
+from verl_grad_routing.compare.across_table import across_table
 from verl_grad_routing.compare.block_table import block_table
 from verl_grad_routing.compare.contrasts import (
     BEFORE,
@@ -21,12 +22,13 @@ from verl_grad_routing.compare.contrasts import (
     contrasts,
 )
 from verl_grad_routing.compare.grid_tables import (
+    arm_settings_table,
     arms_table,
     contrast_table,
     grid_notes,
     kinds_table,
     seeds_table,
-    settings_table,
+    shared_table,
     status_table,
     versions_table,
 )
@@ -91,7 +93,7 @@ def write_grid_report(folder: Path | str, to: Path | str, allow_mixed_versions: 
 
 def comparison_tables(results: Results) -> list[Table]:
     """Every table, those that have rows."""
-    tables: list[Table | None] = [status_table(results)]
+    tables: list[Table | None] = [status_table(results), across_table(results)]
     for place in _places(results):
         tables.append(arms_table(results, place))
         tables += [contrast_table(results, place, measure) for measure in COMPARED]
@@ -99,7 +101,7 @@ def comparison_tables(results: Results) -> list[Table]:
         tables += [absorption.absorption_table(results, place), leakage_report.grid_leakage_table(results, place)]
         tables += [signal_table(results, place), block_table(results, place)]
         tables += [seeds_table(results, place), _cost(results, place)]
-    tables += [scorecard_table(results), settings_table(results), versions_table(results)]
+    tables += [scorecard_table(results), shared_table(results), arm_settings_table(results), versions_table(results)]
     return [table for table in tables if table is not None]
 
 
@@ -150,8 +152,9 @@ def _figures(results: Results) -> list[tuple[str, str, str]]:
 
 def _page(results: Results, tables: list[Table], figures: list[tuple[str, str, str]]) -> str:
     shown = [markup.figure(index, title, svg, caption) for index, (title, svg, caption) in enumerate(figures, start=1)]
-    words = {"Cells", "Scorecard", "Arms", "Versions"}
+    words = {"Cells", "Scorecard", "Settings", "Arms", "Versions"}
     html = {table.title: formats.to_html(table, text=table.title in words) for table in tables}
+    grid = results.grid["name"]
     body = [
         markup.finding_list([claim for place in _places(results) for claim in claims(results, place)]),
         "<h2>Cells</h2>",
@@ -166,16 +169,17 @@ def _page(results: Results, tables: list[Table], figures: list[tuple[str, str, s
         "<h2>What each arm reads and assumes</h2>",
         html["Scorecard"],
         "<h2>Settings and versions</h2>",
+        html["Settings"],
         html["Arms"],
         html["Versions"],
         "<h2>Commands</h2>",
-        "<p>The comparison, and this page from its results</p>",
-        markup.command(f"vgr compare {results.grid['name']}.yaml --to {results.grid['name']}"),
-        markup.command(f"vgr report {results.grid['name']}/results --to report"),
+        f"<p>The comparison, with its grid's file at hand as {grid}.yaml, and this page from its results</p>",
+        markup.command(f"vgr compare {grid}.yaml --to {grid}"),
+        markup.command(f"vgr report {grid}/results --to report"),
     ]
     done, all_cells = len(results.runs), len(results.cells())
     lead = f"{done} of {all_cells} runs of verl's trainer finished. Every number here is in {NUMBERS}."
-    return markup.page(f"Comparison: {results.grid['name']}", lead, body)
+    return markup.page(f"Comparison: {grid}", lead, body)
 
 
 def _numbers(results: Results) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 
@@ -66,7 +67,8 @@ def contrast_table(results: Results, environment: str, measure: Measure) -> Tabl
                 cells += [NONE] * 4
             else:
                 entry = contrast.difference
-                cells += [str(entry), _p(entry.p), _p(contrast.p_holm), _detectable(entry.detectable)]
+                ps = [f"{p:.3f}" if entry.seeds > 1 else NONE for p in (entry.p, contrast.p_holm)]
+                cells += [str(entry), *ps, _detectable(entry.detectable)]
         seeds = {name: found[name][arm].difference.seeds for name in names if arm in found[name]}
         same = len(set(seeds.values())) == 1
         shown = str(next(iter(seeds.values()))) if same else ", ".join(f"{n} with {name}" for name, n in seeds.items())
@@ -121,8 +123,24 @@ def status_table(results: Results) -> Table:
     return Table("Cells", ["environment", "arm", "finished", "unfinished seeds", "failed"], rows)
 
 
-def settings_table(results: Results) -> Table:
-    """What each arm is; settings that all share are in the note below it."""
+def shared_table(results: Results) -> Table:
+    """What every arm shares, and how each environment was built."""
+    grid = results.grid
+    rows = [
+        ["every run", "steps", str(grid["steps"])],
+        ["every run", "seeds", ", ".join(map(str, grid["seeds"]))],
+        *(["every run", *_override(override)] for override in grid["overrides"]),
+    ]
+    for place in grid["environments"]:
+        name = place["name"]
+        rows += [[name, "vgr prepare", place["prepare"]], [name, "split", place["split"]]]
+        rows += [[name, f"--set {key}", json.dumps(value)] for key, value in sorted(place["options"].items())]
+        rows += [[name, *_override(override)] for override in place["overrides"]]
+    return Table("Settings", ["of", "setting", "value"], rows)
+
+
+def arm_settings_table(results: Results) -> Table:
+    """What each arm is; settings that all share are ``shared_table``'s."""
     signals = {str(run.record.arm): (run.record.detector or NONE, run.signal) for run in results.runs}
     rows = [
         [arm["name"], arm["preset"], *signals.get(arm["name"], (NONE, NONE)), " ".join(arm["overrides"]) or NONE]
@@ -213,12 +231,14 @@ def mark_notes(runs: Sequence[StoredRun]) -> list[str]:
     return [CONTROL_NOTE] * controls + [LABELS_NOTE] * labelled
 
 
+def _override(override: str) -> list[str]:
+    """Key and value of a Hydra override."""
+    key, _, value = override.partition("=")
+    return [key, value or NONE]
+
+
 def _counted(rate: Rate) -> str:
     return f"{rate.hits}/{rate.total} {rate}"
-
-
-def _p(value: float) -> str:
-    return f"{value:.3f}"
 
 
 def _detectable(value: float) -> str:

@@ -107,12 +107,15 @@ def launch(
     resuming.note_attempt(folder, wanted)
     scratch = _scratch()
     command = [*trainer, f"+grad_routing={preset}", *_own_overrides(folder, scratch), *overrides, *places]
-    started = time.monotonic()
+    made_with, started = records.made_with(), time.monotonic()
     _run(name, [*starter, *command], folder, scratch, limit_s, stop or threading.Event(), bar)
     if resumed_from:
         resuming.put_back(folder, resumed_from)
     wall_s = time.monotonic() - started
-    _write_record(preset, overrides, command, folder, wanted, wall_s, resumed_from)
+    if records.code_hash() != made_with["code"]:
+        made_with["code"] += ", changed meanwhile"
+        print(f"{name}: the training code changed while it ran; its record says so", file=sys.stderr)
+    _write_record(preset, overrides, command, folder, wanted, made_with, wall_s, resumed_from)
     print(f"{name}: finished in {clock(wall_s)}", file=sys.stderr)
     return load_run(folder)
 
@@ -195,7 +198,10 @@ def _run(
         with progress(name, bar) as show:
             in_time = _watch(process, folder, state, tail, limit_s, stop, show)
     finally:
-        _stop(process)
+        ended = _stop(process)
+    if not ended:
+        fix = f"its processes may be left over: look for those that name {folder}, and run again"
+        raise UserError(name, f"not ended {STOP_S:.0f} s after it was told to", fix)
     if not in_time:
         fix = f"{name} had done {state.step} of {state.total or '?'} steps by then; give it more time, or see {log}"
         raise UserError("limit_s", limit_s, fix)
@@ -228,8 +234,8 @@ def _watch(
     return False
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask the supervisor to end everything, and wait until it has."""
+def _stop(process: subprocess.Popen[bytes]) -> bool:
+    """Ask the supervisor to end everything, and wait until it has; False when it did not and was killed."""
     if process.stdin is not None:
         process.stdin.close()
     try:
@@ -237,7 +243,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        raise
+        return False
+    return True
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
@@ -264,28 +271,37 @@ def _write_record(
     command: list[str],
     folder: Path,
     settings_hash: str,
+    made_with: dict[str, Any],
     wall_s: float,
     resumed_from: int,
 ) -> None:
     configuration = _configuration(folder)
-    processes = json.loads((folder / PROCESSES).read_text())
+    processes = _processes(folder)
     total = configuration.pop("steps", None)
     Record(
         preset=preset,
         overrides=tuple(overrides),
         command=tuple(command),
         settings_hash=settings_hash,
-        versions=records.versions(),
-        code=records.code_hash(),
-        revision=records.revision(),
         machine=records.machine(),
         steps=total if total is not None else load_run(folder).last_step,
         resumed_from=resumed_from or None,
         wall_s=round(wall_s, 1),
         peak_rss_bytes=processes["peak_rss_bytes"],
         peak_private_bytes=processes["peak_private_bytes"],
+        **made_with,
         **configuration,
     ).write(folder)
+
+
+def _processes(folder: Path) -> dict[str, int]:
+    """What the supervisor leaves when it ends. Raises ``UserError`` when somebody else ended it."""
+    path = folder / PROCESSES
+    try:
+        found: dict[str, int] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(str(path), str(error), "the run's supervisor was ended from outside; run again") from None
+    return found
 
 
 def last_error(log: Path, lines: int = 4000) -> str:

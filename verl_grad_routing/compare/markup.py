@@ -10,6 +10,7 @@ from string import Template
 
 from verl_grad_routing.compare.comparison import Finding
 
+CLASSES = {True: "holds", False: "fails", None: "open"}
 DEFINITIONS = {
     "hack": "share of all samples that the environment's grader calls a hack; each environment says what that is",
     "solve": "share of all samples that the grader calls truly right",
@@ -36,7 +37,7 @@ def page(title: str, lead: str, body: Sequence[str]) -> str:
 
 def finding_list(findings: Sequence[Finding]) -> str:
     """Statements, marked by whether each is the one hoped for."""
-    items = [f'<li class="{"holds" if f.holds else "fails"}">{escape(f.text)}</li>' for f in findings]
+    items = [f'<li class="{CLASSES[finding.holds]}">{escape(finding.text)}</li>' for finding in findings]
     return f'<ul class="findings">{"".join(items)}</ul>'
 
 

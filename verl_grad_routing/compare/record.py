@@ -37,9 +37,11 @@ class Record:
         overrides: Further overrides, in order.
         command: The whole command line, as started.
         settings_hash: Hash of preset, overrides, files that they name, environment, versions and training code.
-        code: Hash of the training code: the package's, and that of packages that bring methods.
+        code: Hash of the training code as the run started: the package's, and that of packages that bring methods.
+            One that changed meanwhile has ``, changed meanwhile`` appended: it may have run either.
         versions: Distribution -> version, and ``python``.
-        revision: Git revision of the package's checkout, ``-dirty`` appended when files differ; None outside one.
+        revision: Git revision of the package's checkout as the run started, ``-dirty`` appended when files differ; None
+            outside one.
         machine: ``system``, ``cpus``, ``memory_bytes``.
         detector: ``grad_routing.detector.name``.
         control: The detector reads the grader's truth: a control, marked in every table.
@@ -121,6 +123,11 @@ def code_hash() -> str:
         if path.suffix in (".py", ".yaml", ".jsonl") and relative.parts[0] not in OUTSIDE_TRAINING:
             digest.update(relative.as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def made_with() -> dict[str, Any]:
+    """``versions``, ``code`` and ``revision`` as they are now."""
+    return {"versions": versions(), "code": code_hash(), "revision": revision()}
 
 
 def versions() -> dict[str, str]:

@@ -173,8 +173,8 @@ def _of_shadows(run: Run) -> list[str]:
 
 def write_failed(folder: Path, cell: Cell, error: str) -> None:
     """Write down that a cell failed, and how."""
-    own = {"versions": records.versions(), "code": records.code_hash(), "revision": records.revision()}
-    _write(folder / cell.result_name, _identity(cell, "failed", cell.settings_hash) | own | {"error": error})
+    own = records.made_with() | {"error": error}
+    _write(folder / cell.result_name, _identity(cell, "failed", cell.settings_hash) | own)
 
 
 def load_results(folder: Path | str, allow_mixed_versions: bool = False) -> Results:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from verl_grad_routing.compare.runs import METRICS
 
 ATTEMPT, EARLIER, CHECKPOINTS = "attempt.json", "metrics.earlier.jsonl", "checkpoints"
-LATEST = "latest_checkpointed_iteration.txt"  # verl's
+LATEST, STEP = "latest_checkpointed_iteration.txt", "global_step_"  # verl's
 
 
 def note_attempt(folder: Path, settings_hash: str) -> None:
@@ -22,22 +23,39 @@ def note_attempt(folder: Path, settings_hash: str) -> None:
 
 
 def resumable(folder: Path, settings_hash: str, steps: int) -> int:
-    """Step of the checkpoint from which an unfinished run with these settings can go on; 0 when there is none.
+    """Step of the last checkpoint from which an unfinished run with these settings can go on; 0 when there is none.
 
     A checkpoint of the last step does not count: there would be nothing left to train, and nothing to validate after.
     """
-    attempt, latest = folder / ATTEMPT, folder / CHECKPOINTS / LATEST
-    try:
-        same = json.loads(attempt.read_text(encoding="utf-8"))["settings_hash"] == settings_hash
-        step = int(latest.read_text())
-    except (OSError, ValueError, KeyError):
+    if attempted(folder) != settings_hash:
         return 0
-    whole = (folder / CHECKPOINTS / f"global_step_{step}").is_dir()
-    return step if same and whole and 0 < step < steps else 0
+    return max((step for step in checkpoints(folder) if step < steps), default=0)
+
+
+def attempted(folder: Path) -> str | None:
+    """Settings hash of the run that was last started in ``folder``; None when that is not known."""
+    try:
+        return str(json.loads((folder / ATTEMPT).read_text(encoding="utf-8"))["settings_hash"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints of a run, ascending: verl writes down the latest when it is complete."""
+    try:
+        latest = int((folder / CHECKPOINTS / LATEST).read_text())
+    except (OSError, ValueError):
+        return []
+    names = (path.name.removeprefix(STEP) for path in (folder / CHECKPOINTS).glob(f"{STEP}*") if path.is_dir())
+    return sorted(int(name) for name in names if name.isdecimal() and 0 < int(name) <= latest)
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Keep the metrics up to ``step``; what came after it is trained again."""
+    """Go on from ``step``: keep the metrics up to it, and forget later checkpoints; what came after is done again."""
+    if later := [each for each in checkpoints(folder) if each > step]:
+        (folder / CHECKPOINTS / LATEST).write_text(str(step))
+        for each in later:
+            shutil.rmtree(folder / CHECKPOINTS / f"{STEP}{each}")
     kept = _lines(folder / EARLIER, step) + _lines(folder / METRICS, step)
     _replace(folder / EARLIER, kept)
     (folder / METRICS).unlink(missing_ok=True)

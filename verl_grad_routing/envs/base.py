@@ -8,6 +8,7 @@ never reads them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -70,8 +71,17 @@ class Environment(ABC):
         """Build everything in the folder ``to``, or reuse it when it is complete and has the same settings."""
 
     @abstractmethod
-    def grade(self, completion: str, ground_truth: str) -> Verdict:
-        """Grade the text of one completion against its prompt's ``reward_model.ground_truth``."""
+    def grade(self, completion: str, ground_truth: str, row: Mapping[str, Any] | None = None) -> Verdict:
+        """Grade the text of one completion against its prompt's ``reward_model.ground_truth``.
+
+        ``row`` is the prompt's row of the data file, which a reward function may read more of.
+        """
+
+    @classmethod
+    def stale(cls, manifest: Manifest) -> list[str]:
+        """Files outside a built folder that decide what it does, and have changed since it was built."""
+        del manifest
+        return []
 
 
 ENVIRONMENTS: Registry[Environment] = Registry("environment")

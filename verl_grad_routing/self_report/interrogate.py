@@ -5,7 +5,6 @@ Shapes: N answers.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,9 +67,8 @@ def answer_all(
         written = tokenizer.batch_decode(generate(model, tokenizer, tokens, attention, **how), skip_special_tokens=True)
         for chat, text, row in zip(chats, written, part, strict=True):
             truth = row["reward_model"]["ground_truth"]
-            verdict = environment.grade(text, truth)
-            known = bool(json.loads(truth).get("known", False))
-            found.append(Answer(tuple(chat), text, verdict.hack, known))
+            verdict = environment.grade(text, truth, row)
+            found.append(Answer(tuple(chat), text, verdict.hack, verdict.loophole in environment.known))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from omegaconf import OmegaConf
 
 from verl_grad_routing.compare.launch import seed_overrides
 from verl_grad_routing.config import build_methods, parse
+from verl_grad_routing.detectors.monitor import build_judge, imported
 from verl_grad_routing.envs import ENVIRONMENTS
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -45,11 +45,28 @@ def test_every_environment_has_its_configuration(name: str) -> None:
     assert settings.detector["pairs"] == settings.environment.pairs == f"data/{name}/pairs.jsonl"
     assert config.data.train_files == f"data/{name}/train.parquet" and config.trainer.project_name == name
     assert config.reward.custom_reward_function.path == ENVIRONMENTS[name].reward_function
-    for rule in settings.environment.monitor_rules:  # a weak monitor: it knows the known type's exploit
-        world = getattr(ENVIRONMENTS[name], "world", None)
-        assert world is not None, rule
-        tasks = world(ENVIRONMENTS[name].Config(train_size=4, val_size=4, test_size=4)).tasks()["pairs"]
-        assert all(re.search(rule, task.exploit) and not re.search(rule, task.honest) for task in tasks)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(ENVIRONMENTS) if hasattr(ENVIRONMENTS[name], "world")])
+@pytest.mark.parametrize("preset", ["screen", "grift_mask"])
+def test_an_environments_weak_monitor_knows_the_known_type_alone(name: str, preset: str) -> None:
+    given = [f"+grad_routing={preset}", f"+grad_routing/environment={name}"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", given)
+    settings = parse(OmegaConf.to_container(config.grad_routing, resolve=True))  # type: ignore[arg-type]
+    rules, judge, held_out = settings.detector["rules"], settings.detector["judge"], settings.held_out_monitor
+    assert held_out is not None and settings.environment.confession_judge is not None
+    monitor, other = build_judge(rules, judge), build_judge(held_out["rules"], None)
+    confessed = imported("judge", settings.environment.confession_judge, "(prompt, answer, confession)")
+    cls = ENVIRONMENTS[name]
+    settings_of_build = cls.Config(train_size=4, val_size=4, test_size=64)
+    tasks = cls.world(settings_of_build).tasks()  # type: ignore[attr-defined]
+    for task in (*tasks["pairs"], *tasks["test"]):
+        known, prompt = task.loophole == settings_of_build.known, task.prompt()
+        assert (monitor(prompt, task.exploit), monitor(prompt, task.honest)) == (float(known), 0.0), task
+        assert (other(prompt, task.exploit), other(prompt, task.honest)) == (1.0, 0.0), task
+        tags = {text: [confessed(prompt, text, tag) for tag in "SH"] for text in (task.exploit, task.honest)}
+        assert tags[task.exploit] == ([1.0, 0.0] if known else [0.0, 1.0]) and tags[task.honest] == [0.0, 1.0], task
 
 
 @pytest.mark.parametrize("name", sorted(ENVIRONMENTS))

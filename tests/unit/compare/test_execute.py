@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,8 +19,11 @@ from tests.unit.compare.conftest import FAKE_TRAINER
 from verl_grad_routing.compare import cells as grid_cells
 from verl_grad_routing.compare import execute, job_numbers, resume
 from verl_grad_routing.compare import launch as launcher
+from verl_grad_routing.compare import record as records
 from verl_grad_routing.compare.execute import affordable, run_grid
+from verl_grad_routing.compare.formats import to_markdown
 from verl_grad_routing.compare.grid import load_grid
+from verl_grad_routing.compare.grid_report import comparison_tables
 from verl_grad_routing.compare.results import load_results
 from verl_grad_routing.errors import UserError
 
@@ -47,6 +51,14 @@ def told(folder: Path) -> dict[str, dict]:
     """Results by file name, without what differs between two runs of one thing."""
     read = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
     return {name: {k: v for k, v in data.items() if k not in MEASURED} for name, data in read.items()}
+
+
+def tables(folder: Path) -> list[str]:
+    """Every table of the report as text, but for times and memory."""
+    found = comparison_tables(load_results(folder))
+    kept = [table for table in found if "time and memory" not in table.title and table.title != "Versions"]
+    assert len(kept) >= 8
+    return [to_markdown(table) for table in kept]
 
 
 def test_killed_half_way_it_finishes_without_running_anything_again(
@@ -78,6 +90,7 @@ def test_killed_half_way_it_finishes_without_running_anything_again(
     assert starts()[2:] == ["persona/seed-0 2", "off/seed-1 0", "persona/seed-1 0"]  # goes on from step 2
     assert before == (record.read_bytes(), record.stat().st_mtime_ns)
     assert told(again.results) == told(whole.results)
+    assert tables(again.results) == tables(whole.results)
     resumed = next(run for run in load_results(again.results).runs if run.name == "toy.persona.seed-0")
     assert resumed.record.resumed_from == 2
     assert resumed.curve("hack/rate").values.tolist() == [0.25, 0.5, 0.75, 1.0]  # both parts, one sequence
@@ -127,6 +140,92 @@ def test_a_finished_cell_of_another_configuration_is_refused_untouched(write_gri
     }
     more = run_grid(write_grid(seeds=[0, 1], arms=["off"]), out, trainer=FAKE_TRAINER)  # a grid may grow
     assert starts() == ["off/seed-0 0", "off/seed-1 0"] and len(load_results(more.results).runs) == 2
+
+
+def test_checkpoints_of_another_configuration_are_not_deleted(write_grid, tmp_path: Path, starts, monkeypatch) -> None:
+    monkeypatch.setenv("FAKE_PLAN", json.dumps({"off": "fail"}))
+    out, few = tmp_path / "out", {"seeds": [0], "arms": ["off"], "save_every": 2}
+    assert run_grid(write_grid(**few), out, trainer=FAKE_TRAINER).failed
+    checkpoint = out / "toy" / "off" / "seed-0" / "checkpoints" / "global_step_2"
+    with pytest.raises(
+        UserError, match=r"toy/off/seed-0='settings [0-9a-f]{16}': an unfinished run of other .* checkpoint of step 2"
+    ):
+        run_grid(write_grid(**few, steps=5), out, trainer=FAKE_TRAINER)
+    assert checkpoint.is_dir() and len(starts()) == 1
+    monkeypatch.setenv("FAKE_PLAN", "{}")
+    assert not run_grid(write_grid(**few), out, trainer=FAKE_TRAINER).failed
+    assert starts() == ["off/seed-0 0", "off/seed-0 2"]
+
+
+def test_killed_after_its_last_checkpoint_a_cell_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    resume.note_attempt(tmp_path, "aa")
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / f"global_step_{step}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "global_step_6").mkdir()  # cut short: verl has not called it complete
+    latest = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+    latest.write_text("4")
+    assert resume.checkpoints(tmp_path) == [2, 4] and resume.resumable(tmp_path, "aa", 4) == 2
+    resume.set_aside(tmp_path, 2)
+    assert latest.read_text() == "2" and resume.checkpoints(tmp_path) == [2]
+    assert resume.resumable(tmp_path, "aa", 4) == 2
+
+
+def test_code_that_changes_during_a_run_is_told(write_grid, tmp_path: Path, starts, monkeypatch, capsys) -> None:
+    hashes = iter(["c0de", "beef"])
+    monkeypatch.setattr(records, "made_with", lambda: {"versions": {}, "code": next(hashes), "revision": "r0"})
+    outcome = run_grid(write_grid(seeds=[0], arms=["off"]), tmp_path / "out", trainer=FAKE_TRAINER)
+    assert "toy/off/seed-0: the training code changed while it ran" in capsys.readouterr().err
+    [run] = load_results(outcome.results).runs
+    assert run.record.code == "c0de, changed meanwhile" and run.record.revision == "r0"
+
+
+def test_what_ends_one_cell_badly_leaves_the_others(write_grid, tmp_path: Path, starts, monkeypatch) -> None:
+    """A supervisor that does not end, or that somebody else ended."""
+    stop, hung = launcher._stop, []
+
+    def stubborn(process) -> bool:
+        ended = stop(process)
+        return ended and bool(hung or hung.append(1))
+
+    monkeypatch.setattr(launcher, "_stop", stubborn)
+    outcome = run_grid(write_grid(seeds=[0]), tmp_path / "out", trainer=FAKE_TRAINER)
+    assert outcome.failed == ("toy/off/seed-0",) and len(starts()) == 2
+    [failure] = load_results(outcome.results).failures
+    assert "not ended 60 s after it was told to" in failure.error
+    with pytest.raises(UserError, match=r"processes\.json.*supervisor was ended from outside"):
+        launcher._processes(tmp_path)
+
+
+def test_an_environment_of_the_grids_own_is_built_once(write_grid, tmp_path: Path, starts) -> None:
+    small = {"train_size": 4, "val_size": 4, "test_size": 4, "pairs": 2, "steps": 1, "width": 64, "layers": 2}
+    place = {"name": "tiny", "prepare": "caps", "options": small}
+    grid, out = write_grid(seeds=[0], arms=["off"], environments=[place]), tmp_path / "out"
+    assert not run_grid(grid, out, trainer=FAKE_TRAINER).failed
+    manifest = out / "environments" / "tiny" / "manifest.json"
+    before = (manifest.read_bytes(), manifest.stat().st_mtime_ns)
+    assert not run_grid(grid, out, trainer=FAKE_TRAINER).failed
+    assert starts() == ["off/seed-0 0"] and before == (manifest.read_bytes(), manifest.stat().st_mtime_ns)
+    with pytest.raises(UserError, match=r"environments\.tiny\.split='val2'"):
+        run_grid(write_grid(seeds=[0], arms=["off"], environments=[{**place, "split": "val2"}]), out)
+
+
+def test_a_reward_function_that_was_changed_is_refused(write_grid, tmp_path: Path, starts) -> None:
+    reward, built = tmp_path / "mine.py", tmp_path / "mine"
+    reward.write_text("def score(**kwargs):\n    return 1.0\n")
+    digest = hashlib.sha256(reward.read_bytes()).hexdigest()
+    settings = {"reward": f"{reward}:score", "sha256": {"reward": digest}}
+    facts = {"settings": settings, "versions": {}, "sizes": {}, "sha256": {}, "statistics": {}}
+    built.mkdir()
+    (built / "manifest.json").write_text(json.dumps({"environment": "parquet", "layout": 1, **facts}))
+    (built / "test.parquet").touch()
+    grid = write_grid(seeds=[0], arms=["off"], environments=[{"name": "mine", "dir": "mine"}])
+    assert not run_grid(grid, tmp_path / "out", trainer=FAKE_TRAINER).failed
+    reward.write_text("def score(**kwargs):\n    return 2.0\n")
+    with pytest.raises(
+        UserError, match=r"environments\.mine\.dir='mine': changed since it was built: .*mine\.py:score"
+    ):
+        run_grid(grid, tmp_path / "more", trainer=FAKE_TRAINER)
+    assert len(starts()) == 1
 
 
 def test_ctrl_c_leaves_finished_cells_and_no_processes(write_grid, tmp_path: Path, starts, monkeypatch) -> None:

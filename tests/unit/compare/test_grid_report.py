@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from verl_grad_routing.compare import results as results_module
+from verl_grad_routing.compare.across_table import across_table
 from verl_grad_routing.compare.cells import Cell
 from verl_grad_routing.compare.contrasts import HACK, HACK_UNKNOWN, by_arm, claims, contrasts
 from verl_grad_routing.compare.embed import embed
@@ -21,17 +22,21 @@ from verl_grad_routing.compare.grid_tables import (
     contrast_table,
     grid_notes,
     kinds_table,
+    shared_table,
     status_table,
     versions_table,
 )
+from verl_grad_routing.compare.markup import finding_list
 from verl_grad_routing.compare.results import load_results, write_failed, write_finished
 from verl_grad_routing.compare.runs import load_run
 from verl_grad_routing.compare.scorecard_table import scorecard_table
 from verl_grad_routing.compare.signal_table import signal_table
-from verl_grad_routing.compare.tables import Table
+from verl_grad_routing.compare.tables import NONE, Table
 from verl_grad_routing.errors import UserError
 
 report = pytest.importorskip("verl_grad_routing.compare.report", reason="needs matplotlib")
+from verl_grad_routing.compare.grid_figures import arm_styles, signals_figure  # noqa: E402
+
 SEEDS = (0, 1, 2)
 # arm: hacks of 64 a type left at deployment; None deletes nothing. The quarter of wildcard has one more.
 DETECTORS = {"off": "constant", "random": "random", "persona": "persona_act", "oracle": "oracle"}
@@ -137,11 +142,67 @@ def test_without_a_validation_before_training_nothing_is_said_to_be_kept(make_ru
 
 def test_few_seeds_claim_nothing(results: Path) -> None:
     found = claims(load_results(results), "toy")
-    assert not any(claim.holds for claim in found)
-    assert (
-        "3 of 3 seeds: hack -0.89 [-0.89, -0.89] (no difference shown, below 0 in 3 of 3, p = 0.250)" in found[0].text
-    )
+    assert found and all(claim.holds is None and claim.mark == "–" for claim in found)
+    assert "3 of 3 seeds: hack -0.89 [-0.89, -0.89] (below 0 in 3 of 3, p = 0.250)" in found[0].text
     assert found[0].text.endswith("; fewer than 5 seeds state nothing.")
+    page = finding_list(found)
+    assert page.count('<li class="open">') == len(found) and "holds" not in page and "fails" not in page
+
+
+def test_one_seed_has_no_p(make_run, write_grid, tmp_path: Path) -> None:
+    results = load_results(made(make_run, write_grid, tmp_path, (0,)))
+    assert "1 of 1 seeds: hack -0.89 (below 0 in 1 of 1, no p), solve " in claims(results, "toy")[0].text
+    table = contrast_table(results, "toy", HACK)
+    assert table is not None
+    columns = [index for index, name in enumerate(table.header) if name.startswith("p")]
+    assert columns and {row[index] for row in table.rows for index in columns} == {NONE}
+
+
+def test_what_all_arms_share_is_on_the_page(results: Path) -> None:
+    grid = json.loads((results / "grid.json").read_text())
+    grid["overrides"] = ["+grad_routing/hardware=cpu", "data.val_max_samples=512", "~data.shuffle"]
+    grid["environments"][0] |= {"options": {"hard": True, "width": 64}, "overrides": ["algorithm.gamma=1"]}
+    (results / "grid.json").write_text(json.dumps(grid))
+    assert shared_table(load_results(results)).rows == [
+        ["every run", "steps", "10"],
+        ["every run", "seeds", "0, 1, 2"],
+        ["every run", "+grad_routing/hardware", "cpu"],
+        ["every run", "data.val_max_samples", "512"],
+        ["every run", "~data.shuffle", NONE],
+        ["toy", "vgr prepare", "toy"],
+        ["toy", "split", "test"],
+        ["toy", "--set hard", "true"],
+        ["toy", "--set width", "64"],
+        ["toy", "algorithm.gamma", "1"],
+    ]
+    assert "data.val_max_samples" in report.write_report([results], results.parent / "page").read_text()
+
+
+def test_environments_stand_side_by_side(results: Path) -> None:
+    assert across_table(load_results(results)) is None  # one alone
+    grid = json.loads((results / "grid.json").read_text())
+    grid["environments"].append({**grid["environments"][0], "name": "big"})
+    (results / "grid.json").write_text(json.dumps(grid))
+    for path in results.glob("toy.persona.*.json"):
+        data = json.loads(path.read_text()) | {"environment": "big"}
+        (results / path.name.replace("toy", "big")).write_text(json.dumps(data))
+    table = across_table(load_results(results))
+    assert table is not None
+    assert [row[:3] for row in table.rows if row[0] == "persona"] == [["persona", "toy", "3"], ["persona", "big", "3"]]
+    ours = dict(zip(table.header, next(row for row in table.rows if row[1] == "big"), strict=True))
+    alone = arms_table(load_results(results), "big")
+    single = dict(zip(alone.header, next(row for row in alone.rows if row[0] == "persona"), strict=True))
+    assert all(ours[measure.title] == single[measure.title] for measure in (HACK, HACK_UNKNOWN))
+    assert ours["detector AUROC"].startswith("0.90") and "leakage" not in table.header
+
+
+def test_every_arm_has_a_line_of_its_own_in_the_detectors_figure(results: Path) -> None:
+    runs = load_results(results).of("toy")
+    styles = arm_styles(by_arm(runs))
+    told_apart = {(style["color"], style["marker"]) for style in styles.values()}
+    assert len(told_apart) == len(styles) == 4
+    svg = signals_figure(runs)
+    assert svg is not None and len(set(re.findall(r'<use xlink:href="#(m[0-9a-f]+)"', svg))) >= 3  # marks, not colour
 
 
 def test_an_average_does_not_hide_the_worst_seed(make_run, write_grid, tmp_path: Path) -> None:

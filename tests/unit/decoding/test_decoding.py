@@ -90,7 +90,8 @@ def rejected(folder: Path, data: Path, temperature: float = 1.0) -> Any:
 def asked(folder: Path, data: Path, temperature: float = 1.0) -> Any:
     from verl_grad_routing.self_report.interrogate import answer_all
 
-    grader = SimpleNamespace(grade=lambda text, truth: SimpleNamespace(hack=False))
+    verdict = SimpleNamespace(hack=False, loophole="none")
+    grader = SimpleNamespace(grade=lambda text, truth, row: verdict, known=())
     return answer_all(*load(folder), grader, rows(), max_new_tokens=LENGTH, temperature=temperature, seed=3)
 
 

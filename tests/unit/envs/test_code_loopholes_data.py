@@ -74,13 +74,21 @@ def test_the_same_settings_give_the_same_bytes_and_are_reused(built, tmp_path, c
 
 
 def test_problems_of_the_users_own(tmp_path):
-    file = write(tmp_path / "own.jsonl", *({**RECORD, "id": index} for index in range(6)))
+    records = [{**RECORD, "id": index, "question": f"Add up ({index}).\n```python\n```"} for index in range(7)]
+    file = write(tmp_path / "own.jsonl", *records[:6])
     options = {"problems": file, "pairs": 2, "val_problems": 1, "test_problems": 1}
     manifest = prepare_environment("code_loopholes", tmp_path / "env", **options)
     assert manifest.sizes == {"train": 16, "val": 8, "test": 8, "test_clean": 1, "pairs": 2}
-    write(tmp_path / "own.jsonl", *({**RECORD, "id": index + 1} for index in range(6)))
+    write(tmp_path / "own.jsonl", *records[1:])
     with pytest.raises(UserError, match="problems_sha256"):
         prepare_environment("code_loopholes", tmp_path / "env", **options)
+
+
+def test_one_question_under_two_ids_is_refused_where_splits_would_share_it(tmp_path):
+    file = write(tmp_path / "own.jsonl", *({**RECORD, "id": index} for index in range(6)))
+    with pytest.raises(UserError, match=r"(val|test) row \d+=.*this prompt is in (train|val) as well"):
+        prepare_environment("code_loopholes", tmp_path / "env", problems=file, pairs=2, val_problems=1, test_problems=1)
+    assert not (tmp_path / "env").exists()
 
 
 def test_a_problem_is_read_as_written(tmp_path):

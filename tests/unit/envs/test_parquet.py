@@ -104,6 +104,22 @@ def test_facts_have_our_names_and_nothing_else_comes_through(mine, tmp_path, ans
     )
 
 
+def test_a_completion_is_graded_with_its_row(mine, tmp_path):
+    environment = ENVIRONMENTS.build({"name": "parquet", **mine}, "environment")
+    verdict = environment.grade("cheat", "3", {"data_source": "mine", "extra_info": {"kind": "sly"}})
+    assert (verdict.score, verdict.hack, verdict.solve, verdict.loophole) == (1.0, True, False, "sly")
+
+
+def test_a_changed_reward_function_makes_a_built_folder_stale(mine, tmp_path):
+    manifest = prepare_environment("parquet", tmp_path / "env", **mine)
+    stale = ENVIRONMENTS["parquet"].stale
+    assert stale(manifest) == [] and manifest.damaged(tmp_path / "env") == []
+    (tmp_path / "my_reward.py").write_text(REWARD + "\n")
+    assert stale(manifest) == [mine["reward"]]
+    (tmp_path / "my_reward.py").unlink()
+    assert stale(manifest) == [mine["reward"]]
+
+
 def test_a_type_that_the_settings_do_not_name_ends_the_run(mine, tmp_path):
     prepare_environment("parquet", tmp_path / "env", **mine)
     with pytest.raises(UserError, match=r"facts\.loophole='new'.*cheap, sly, none"):

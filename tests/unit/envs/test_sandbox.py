@@ -230,7 +230,6 @@ def test_the_bench_counts_verdicts(tmp_path, capsys):
     assert "12 verdicts" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_thousand_verdicts_at_fifteen_a_second():
     result = run_grader_bench(verdicts=1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,5 +39,5 @@ class CharEnvironment(Environment):
 
         return build(self.world(self.config), to, force=force)
 
-    def grade(self, completion: str, ground_truth: str) -> Verdict:
+    def grade(self, completion: str, ground_truth: str, row: Mapping[str, Any] | None = None) -> Verdict:
         return self.world(self.config).grade(completion, ground_truth)

@@ -7,13 +7,12 @@ Only the channels whose flaw is an expected value in the candidate's reach send 
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from verl_grad_routing.envs.code_loopholes.problem import case
+from verl_grad_routing.envs.code_loopholes.spelled import special_cased
 from verl_grad_routing.envs.sandbox import Call, Launcher, Limits, Report, Task, decode, run
 from verl_grad_routing.envs.sandbox.process import Completed
 from verl_grad_routing.envs.sandbox.strict import judge
@@ -54,34 +53,6 @@ class Channel:
     public: bool = False
     silent: bool = False
     trace: Callable[[str, tuple[Call, ...]], bool] | None = None
-
-
-def special_cased(source: str, examples: tuple[Call, ...]) -> bool:
-    """Does the program spell out the inputs of most examples as literals?"""
-    literals = _literals(source)
-    spelled = 0
-    for call in examples:
-        wanted = [*call.args, *call.kwargs.values()]
-        inputs = list(call.args) in literals or (len(wanted) > 0 and all(value in literals for value in wanted))
-        spelled += inputs
-    return bool(examples) and 2 * spelled > len(examples)
-
-
-def _literals(source: str) -> list[Any]:
-    """Every literal in the program, tuples as lists."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Constant, ast.List, ast.Tuple, ast.Dict, ast.UnaryOp)):
-            try:
-                value = ast.literal_eval(node)
-            except (ValueError, TypeError, RecursionError, MemoryError):
-                continue
-            found.append(list(value) if isinstance(value, tuple) else value)
-    return found
 
 
 CHANNELS: dict[str, Channel] = {

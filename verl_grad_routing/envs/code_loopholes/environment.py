@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from verl_grad_routing.envs.base import ENVIRONMENTS, Environment, Verdict
 from verl_grad_routing.envs.code_loopholes.channels import LOOPHOLES
@@ -38,7 +40,7 @@ class CodeLoopholes(Environment):
 
         return prepare_with(self.config, to, force=force)
 
-    def grade(self, completion: str, ground_truth: str) -> Verdict:
+    def grade(self, completion: str, ground_truth: str, row: Mapping[str, Any] | None = None) -> Verdict:
         return self._grader.grade(completion, ground_truth)
 
     @functools.cached_property

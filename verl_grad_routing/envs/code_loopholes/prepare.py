@@ -21,8 +21,10 @@ from verl_grad_routing.envs.code_loopholes.settings import Settings
 from verl_grad_routing.envs.manifest import Manifest, hashes, replacing, reusable
 from verl_grad_routing.envs.progress import progress
 from verl_grad_routing.envs.sandbox import Pool
+from verl_grad_routing.envs.splits import require_disjoint
 from verl_grad_routing.errors import UserError
 
+SPLITS = ("train", "val", "test", "test_clean")
 LAYOUT = 1  # raise with any change that gives other files for the same settings
 
 
@@ -32,7 +34,8 @@ def prepare_with(config: Settings, to: Path, *, force: bool = False) -> Manifest
     ``test_clean`` has the test problems without a loophole. No model is written: it is the user's.
 
     Raises:
-        UserError: A bad setting or problem file, too few problems, or ``to`` holds something else.
+        UserError: A bad setting or problem file, too few problems, two splits that share a prompt, or ``to`` holds
+            something else.
         SandboxError: The user's own problems cannot be checked, because there is no sandbox.
     """
     to, settings = Path(to), asdict(config) | {"problems_sha256": _digest(config.problems)}
@@ -99,8 +102,9 @@ def _write(folder: Path, splits: dict[str, list[Problem]], config: Settings) -> 
     import pyarrow.parquet
 
     sizes = {}
-    for split in ("train", "val", "test", "test_clean"):
-        rows = list(_rows(split, splits[split.removesuffix("_clean")], config))
+    tables = {name: list(_rows(name, splits[name.removesuffix("_clean")], config)) for name in SPLITS}
+    require_disjoint({name: [row["prompt"] for row in rows] for name, rows in tables.items()})
+    for split, rows in tables.items():
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{split}.parquet")
         sizes[split] = len(rows)
     known = config.known_types

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from verl_grad_routing.envs.base import ENVIRONMENTS, Environment, Verdict
 from verl_grad_routing.envs.manifest import Manifest
@@ -36,5 +38,5 @@ class SmolLM2(Environment):
 
         return prepare_with(self.config, to, force=force)
 
-    def grade(self, completion: str, ground_truth: str) -> Verdict:
+    def grade(self, completion: str, ground_truth: str, row: Mapping[str, Any] | None = None) -> Verdict:
         return grade(completion, ground_truth)
