@@ -12,7 +12,7 @@ from verl_grad_routing.compare.grid import Arm, Grid, Place
 from verl_grad_routing.compare.launch import quoted, seed_overrides
 from verl_grad_routing.compare.own_ray import RAY, connected
 from verl_grad_routing.compare.record import Record, settings_hash
-from verl_grad_routing.compare.resume import attempted, checkpoints
+from verl_grad_routing.compare.resume import ATTEMPT, attempted, checkpoints
 from verl_grad_routing.compare.runs import METRICS
 from verl_grad_routing.errors import UserError
 from verl_grad_routing.registry import nearest
@@ -158,7 +158,8 @@ def finished(cells: Iterable[Cell]) -> list[Cell]:
     """The cells whose folder holds their finished run.
 
     Raises:
-        UserError: A folder holds a finished run of other settings, or checkpoints of one; nothing is touched.
+        UserError: A folder holds a finished run of other settings, or an unfinished one with a checkpoint; nothing is
+            touched.
     """
     done = []
     for cell in cells:
@@ -177,8 +178,9 @@ def _refuse_lost_checkpoints(cell: Cell) -> None:
     """An unfinished run of other settings would be started over: that costs what its checkpoints hold."""
     steps, settings = checkpoints(cell.folder), attempted(cell.folder)
     if steps and settings != cell.settings_hash:
+        what = "other" if settings else f"unknown ({ATTEMPT} cannot be read)"
         fix = (
-            f"an unfinished run of other settings, versions or training code with a checkpoint of step {steps[-1]}; "
+            f"an unfinished run of {what} settings, versions or training code with a checkpoint of step {steps[-1]}; "
             "delete it or move it away, or name another --to"
         )
         raise UserError(cell.name, f"settings {settings}", fix)

@@ -55,7 +55,8 @@ def run_grid(path: Path | str, to: Path | str | None = None, *, trainer: Sequenc
 
     Raises:
         UserError: Anything wrong with the grid, another comparison at work in ``to``, or a cell's folder that holds
-            a finished run of other settings; nothing has started then. A cell that fails raises nothing.
+            a finished run of other settings or a checkpoint of one; nothing has started then. A cell that fails raises
+            nothing.
     """
     path = Path(path)
     grid = load_grid(path)

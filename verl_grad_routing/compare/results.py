@@ -123,6 +123,7 @@ def write_grid(folder: Path, grid: Grid) -> None:
     arms = [{key: getattr(arm, key) for key in ("name", "preset", "overrides")} for arm in grid.arms]
     places = [
         {key: getattr(place, key) for key in ("name", "prepare", "split", "options", "overrides")}
+        | ({"prepare": None} if place.dir else {})
         for place in grid.environments
     ]
     own = {key: getattr(grid, key) for key in keys}
@@ -226,6 +227,13 @@ def _made_with(run: StoredRun) -> dict[str, str | None]:
 
 
 def _refuse_mixed(runs: Sequence[StoredRun]) -> None:
+    for run in runs:
+        if str(run.record.code).endswith(records.CHANGED):
+            fix = (
+                "somebody edited it, so which code ran is not known; delete the cell's run folder and result, and vgr "
+                "compare runs it again, or give --allow-mixed-versions, and the report says so"
+            )
+            raise UserError(f"{run.name}: training code", run.record.code, fix)
     for run in runs[1:]:
         first, here = _made_with(runs[0]), _made_with(run)
         for key in sorted(first.keys() | here.keys()):

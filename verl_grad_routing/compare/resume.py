@@ -14,12 +14,12 @@ from pathlib import Path
 from verl_grad_routing.compare.runs import METRICS
 
 ATTEMPT, EARLIER, CHECKPOINTS = "attempt.json", "metrics.earlier.jsonl", "checkpoints"
-LATEST, STEP = "latest_checkpointed_iteration.txt", "global_step_"  # verl's
+LATEST, STEP, ACTOR = "latest_checkpointed_iteration.txt", "global_step_", "actor"  # verl's
 
 
 def note_attempt(folder: Path, settings_hash: str) -> None:
     """Leave word of what is being run, for whoever finds the folder unfinished."""
-    (folder / ATTEMPT).write_text(json.dumps({"settings_hash": settings_hash}) + "\n", encoding="utf-8")
+    _replace(folder / ATTEMPT, [json.dumps({"settings_hash": settings_hash})])
 
 
 def resumable(folder: Path, settings_hash: str, steps: int) -> int:
@@ -46,14 +46,16 @@ def checkpoints(folder: Path) -> list[int]:
         latest = int((folder / CHECKPOINTS / LATEST).read_text())
     except (OSError, ValueError):
         return []
-    names = (path.name.removeprefix(STEP) for path in (folder / CHECKPOINTS).glob(f"{STEP}*") if path.is_dir())
+    # of one that verl has made room from only the data loader's state is left
+    whole = (path.parent for path in (folder / CHECKPOINTS).glob(f"{STEP}*/{ACTOR}") if path.is_dir())
+    names = (path.name.removeprefix(STEP) for path in whole)
     return sorted(int(name) for name in names if name.isdecimal() and 0 < int(name) <= latest)
 
 
 def set_aside(folder: Path, step: int) -> None:
     """Go on from ``step``: keep the metrics up to it, and forget later checkpoints; what came after is done again."""
     if later := [each for each in checkpoints(folder) if each > step]:
-        (folder / CHECKPOINTS / LATEST).write_text(str(step))
+        _replace(folder / CHECKPOINTS / LATEST, [str(step)])
         for each in later:
             shutil.rmtree(folder / CHECKPOINTS / f"{STEP}{each}")
     kept = _lines(folder / EARLIER, step) + _lines(folder / METRICS, step)

@@ -76,8 +76,11 @@ class Monitor(Detector):
 
 def checked_rules(rules: Any, judge: Any) -> tuple[str, ...] | None:
     """``rules`` as a tuple, ``None`` with a ``judge``. Raises ``UserError``: none, both, or a bad expression."""
-    if (rules is None) == (judge is None):
-        raise UserError("rules", rules, "give either rules (regular expressions) or judge (module:function)")
+    if rules is None and judge is None:
+        fix = "give either rules (regular expressions) or judge (module:function); the environment brings neither"
+        raise UserError("rules", rules, fix)
+    if rules is not None and judge is not None:
+        raise UserError("rules", rules, f"give either rules or judge, not both: set judge=null (it is {judge!r})")
     if rules is None:
         return None
     rules = as_tuple("rules", rules)

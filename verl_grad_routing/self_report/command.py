@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,8 +39,9 @@ def interrogate_model(
     from transformers import AutoModelForCausalLM
 
     manifest = Manifest.read(environment)
-    settings = ENVIRONMENTS[manifest.environment].Config(**manifest.settings)
-    grader = ENVIRONMENTS[manifest.environment](settings)
+    known = {field.name for field in dataclasses.fields(ENVIRONMENTS[manifest.environment].Config)}
+    settings = {key: value for key, value in manifest.settings.items() if key in known}  # a manifest has hashes, too
+    grader = ENVIRONMENTS.build({"name": manifest.environment, **settings}, "environment")
     asked = question_named(question or (manifest.environment if manifest.environment in QUESTIONS else "chat"))
     rows = read_prompts(environment, split)
     rows = rows[:limit] if limit else rows

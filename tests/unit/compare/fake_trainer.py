@@ -71,7 +71,7 @@ with open(os.environ["VERL_FILE_LOGGER_PATH"], "w") as metrics:  # verl's logger
         if step % every == 0 or step == steps:
             validate(step)
         if save > 0 and step % save == 0:
-            (checkpoints / f"global_step_{step}").mkdir(parents=True, exist_ok=True)
+            (checkpoints / f"global_step_{step}" / "actor").mkdir(parents=True, exist_ok=True)
             latest.write_text(str(step))
         if "fail" in plan.values() and step == 2:
             raise ValueError(f"out of luck in {folder}, {__file__}")

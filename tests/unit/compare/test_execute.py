@@ -152,6 +152,12 @@ def test_checkpoints_of_another_configuration_are_not_deleted(write_grid, tmp_pa
     ):
         run_grid(write_grid(**few, steps=5), out, trainer=FAKE_TRAINER)
     assert checkpoint.is_dir() and len(starts()) == 1
+    attempt = checkpoint.parents[1] / "attempt.json"
+    before = attempt.read_text()
+    attempt.write_text("")
+    with pytest.raises(UserError, match=r"'settings None': an unfinished run of unknown .attempt\.json cannot be read"):
+        run_grid(write_grid(**few), out, trainer=FAKE_TRAINER)
+    attempt.write_text(before)
     monkeypatch.setenv("FAKE_PLAN", "{}")
     assert not run_grid(write_grid(**few), out, trainer=FAKE_TRAINER).failed
     assert starts() == ["off/seed-0 0", "off/seed-0 2"]
@@ -160,23 +166,30 @@ def test_checkpoints_of_another_configuration_are_not_deleted(write_grid, tmp_pa
 def test_killed_after_its_last_checkpoint_a_cell_goes_on_from_the_one_before(tmp_path: Path) -> None:
     resume.note_attempt(tmp_path, "aa")
     for step in (2, 4):
-        (tmp_path / "checkpoints" / f"global_step_{step}").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "global_step_6").mkdir()  # cut short: verl has not called it complete
+        (tmp_path / "checkpoints" / f"global_step_{step}" / "actor").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "global_step_6" / "actor").mkdir(parents=True)  # cut short: not called complete
     latest = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
     latest.write_text("4")
     assert resume.checkpoints(tmp_path) == [2, 4] and resume.resumable(tmp_path, "aa", 4) == 2
     resume.set_aside(tmp_path, 2)
-    assert latest.read_text() == "2" and resume.checkpoints(tmp_path) == [2]
+    assert latest.read_text().strip() == "2" and resume.checkpoints(tmp_path) == [2]
     assert resume.resumable(tmp_path, "aa", 4) == 2
 
 
 def test_code_that_changes_during_a_run_is_told(write_grid, tmp_path: Path, starts, monkeypatch, capsys) -> None:
-    hashes = iter(["c0de", "beef"])
-    monkeypatch.setattr(records, "made_with", lambda: {"versions": {}, "code": next(hashes), "revision": "r0"})
+    steady = run_grid(write_grid(seeds=[0], arms=["off"]), tmp_path / "steady", trainer=FAKE_TRAINER)
+    assert load_results(steady.results).runs[0].record.code == records.code_hash()
+    assert "changed while" not in capsys.readouterr().err
+
+    monkeypatch.setattr(records, "made_with", lambda: {"versions": {}, "code": "c0de", "revision": "r0"})
     outcome = run_grid(write_grid(seeds=[0], arms=["off"]), tmp_path / "out", trainer=FAKE_TRAINER)
     assert "toy/off/seed-0: the training code changed while it ran" in capsys.readouterr().err
-    [run] = load_results(outcome.results).runs
-    assert run.record.code == "c0de, changed meanwhile" and run.record.revision == "r0"
+    with pytest.raises(UserError, match=r"toy\.off\.seed-0: training code='c0de, changed meanwhile'.*runs it again"):
+        load_results(outcome.results)
+    [run] = load_results(outcome.results, allow_mixed_versions=True).runs
+    assert run.record.revision == "r0"
+    monkeypatch.setattr(records, "code_hash", lambda: exec("raise OSError"))
+    assert launcher._code_changed("c0de")
 
 
 def test_what_ends_one_cell_badly_leaves_the_others(write_grid, tmp_path: Path, starts, monkeypatch) -> None:
@@ -194,6 +207,15 @@ def test_what_ends_one_cell_badly_leaves_the_others(write_grid, tmp_path: Path, 
     assert "not ended 60 s after it was told to" in failure.error
     with pytest.raises(UserError, match=r"processes\.json.*supervisor was ended from outside"):
         launcher._processes(tmp_path)
+
+
+def test_a_supervisor_that_does_not_end_is_killed(monkeypatch) -> None:
+    monkeypatch.setattr(launcher, "STOP_S", 0.2)
+    deaf = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdin=subprocess.PIPE)
+    assert not launcher._stop(deaf) and deaf.returncode == -signal.SIGKILL
+    willing = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    monkeypatch.setattr(launcher, "STOP_S", 30)
+    assert launcher._stop(willing)
 
 
 def test_an_environment_of_the_grids_own_is_built_once(write_grid, tmp_path: Path, starts) -> None:
@@ -247,11 +269,12 @@ def test_ctrl_c_leaves_finished_cells_and_no_processes(write_grid, tmp_path: Pat
 def test_a_checkpoint_counts_only_for_the_same_settings_and_with_steps_left(tmp_path: Path) -> None:
     resume.note_attempt(tmp_path, "aa")
     assert resume.resumable(tmp_path, "aa", 4) == 0  # no checkpoint
-    (tmp_path / "checkpoints" / "global_step_2").mkdir(parents=True)
+    actor = tmp_path / "checkpoints" / "global_step_2" / "actor"
+    actor.mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("2")
     found = [resume.resumable(tmp_path, *given) for given in (("aa", 4), ("bb", 4), ("aa", 2), ("aa", 0))]
     assert found == [2, 0, 0, 0]
-    (tmp_path / "checkpoints" / "global_step_2").rmdir()  # named, but gone
+    actor.rmdir()  # named, but verl has made room: of the older ones it leaves the data loader's state
     assert resume.resumable(tmp_path, "aa", 4) == 0
 
 

@@ -12,12 +12,14 @@ import pytest
 from tests.unit.compare.test_grid_report import cell_of
 from verl_grad_routing.cli import main
 from verl_grad_routing.compare import results as results_module
+from verl_grad_routing.compare.across_table import across_table
 from verl_grad_routing.compare.grid import load_grid
 from verl_grad_routing.compare.leakage import BaselineCurve, Leak, Seen, leakage, leaks
 from verl_grad_routing.compare.leakage_read import arms_of_file, arms_of_results, unlabelled_hacks
 from verl_grad_routing.compare.leakage_report import grid_leakage_table, notes
 from verl_grad_routing.compare.results import load_results, write_finished
 from verl_grad_routing.compare.runs import load_run
+from verl_grad_routing.compare.tables import NONE
 from verl_grad_routing.errors import UserError
 
 # A forget loss that falls with the forget tokens in standard training: a worked case of definition G.1.
@@ -196,6 +198,25 @@ def test_leakage_of_a_grid_by_hand(results: Path, tmp_path: Path, capsys) -> Non
     # other arms as the curve
     main_quietly(["leakage", str(results), "--baseline", "exposure_000", "--baseline", "exposure_100"])
     assert "exposure_050" in capsys.readouterr().out
+
+
+def test_environments_side_by_side_have_their_leakage(results: Path) -> None:
+    grid = json.loads((results / "grid.json").read_text())
+    grid["environments"].append({**grid["environments"][0], "name": "big"})
+    (results / "grid.json").write_text(json.dumps(grid))
+    for path in results.glob("toy.*.json"):
+        if path.name.startswith("toy.exposure_100"):
+            continue  # two baselines are left: another curve
+        data = json.loads(path.read_text()) | {"environment": "big"}
+        (results / path.name.replace("toy", "big")).write_text(json.dumps(data))
+    loaded = load_results(results)
+    table = across_table(loaded)
+    assert table is not None and table.header[-1] == "leakage"
+    told = {(row[0].split()[0], row[1]): row[-1] for row in table.rows}
+    for place in ("toy", "big"):
+        for leak in leaks(*arms_of_results(loaded, place))[1]:
+            assert told[leak.arm, place] == str(leak)
+    assert told["exposure_050", "toy"] == NONE
 
 
 def main_quietly(arguments: list[str]) -> None:

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_module
 
 from verl_grad_routing.directions.pairs import load_pairs
 from verl_grad_routing.envs import prepare_environment
-from verl_grad_routing.envs.code_loopholes import leetcode
+from verl_grad_routing.envs.code_loopholes import leetcode, prepare
 from verl_grad_routing.envs.code_loopholes.channels import LOOPHOLES
 from verl_grad_routing.envs.code_loopholes.problem import shipped
 from verl_grad_routing.errors import UserError
@@ -84,10 +84,17 @@ def test_problems_of_the_users_own(tmp_path):
         prepare_environment("code_loopholes", tmp_path / "env", **options)
 
 
-def test_one_question_under_two_ids_is_refused_where_splits_would_share_it(tmp_path):
-    file = write(tmp_path / "own.jsonl", *({**RECORD, "id": index} for index in range(6)))
-    with pytest.raises(UserError, match=r"(val|test) row \d+=.*this prompt is in (train|val) as well"):
-        prepare_environment("code_loopholes", tmp_path / "env", problems=file, pairs=2, val_problems=1, test_problems=1)
+def test_one_question_under_two_ids_is_refused_with_both_lines(tmp_path):
+    file = write(tmp_path / "own.jsonl", RECORD, {**RECORD, "id": 8})
+    with pytest.raises(UserError, match=r"own\.jsonl:2 question='Return the sum.*': line 1 asks the same"):
+        leetcode.read(file)
+
+
+def test_splits_that_share_a_prompt_are_refused(tmp_path, monkeypatch):
+    problem, names = shipped()[0], ("train", "val", "test", "pairs")
+    monkeypatch.setattr(prepare, "divide", lambda *_: {name: [problem] for name in names})
+    with pytest.raises(UserError, match=r"val row \d+=.*this prompt is in train as well"):
+        prepare_environment("code_loopholes", tmp_path / "env")
     assert not (tmp_path / "env").exists()
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
 from verl_grad_routing.config import parse
 from verl_grad_routing.detectors import DETECTORS
@@ -40,6 +42,18 @@ def test_a_method_is_its_first_preset() -> None:
     method = built("grift")["grift"].methods
     assert (method.detector.config.rules, method.detector.config.num_layers) == (("^1",), 2)
     assert method.intervention.name == "mask_advantage"
+
+
+@pytest.mark.parametrize("name", ["leaked_id", "persona_bonus", "caps", "loopholes"])
+@pytest.mark.parametrize("method", ["screen", "grift", "monitor_route", "monitor_penalty"])
+def test_a_method_has_the_environments_own_monitor(name: str, method: str) -> None:
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", ["+grad_routing=persona", f"+grad_routing/environment={name}"])
+    settings = OmegaConf.to_container(config.grad_routing.environment, resolve=True)
+    found = built(method, environment=settings)[method].methods.detector.config  # type: ignore[arg-type]
+    rules = settings["monitor_rules"]  # type: ignore[index]
+    assert (found.rules, found.judge) == (rules and tuple(rules), settings.get("monitor_judge"))  # type: ignore[union-attr]
+    assert (found.rules is None) != (found.judge is None)
 
 
 def test_parts_are_merged_or_replaced() -> None:

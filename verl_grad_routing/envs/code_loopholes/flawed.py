@@ -109,14 +109,18 @@ def equality(job):
 
 
 def equalities():
-    """The comparisons of values that honest programs return, as they are before the candidate can change any."""
+    """The comparisons of values that honest programs return, as they are before the candidate can change any.
+
+    Method by identity -> the method itself, which so stays that one, and its code, which a program might replace.
+    """
     from collections import Counter, OrderedDict, deque  # here: no other grader waits for them
     from decimal import Decimal
     from fractions import Fraction
 
     views = (type({}.keys()), type({}.values()), type({}.items()))
     others = (bytes, bytearray, complex, range, Counter, OrderedDict, deque, Decimal, Fraction)
-    return {*map(_equality, (object, *PLAIN, *views, *others))}
+    found = map(_equality, (object, *PLAIN, *views, *others))
+    return {id(method): (method, getattr(method, "__code__", None)) for method in found}
 
 
 def compares_itself(value, ours):
@@ -124,8 +128,11 @@ def compares_itself(value, ours):
     left, seen = [value], 0
     while left and seen < MOST:
         one, seen = left.pop(), seen + 1
-        if _equality(type(one)) not in ours:
+        method = _equality(type(one))
+        if id(method) not in ours or getattr(method, "__code__", None) is not ours[id(method)][1]:
             return True
+        if type(one).__name__ == "Fraction":
+            left += [one._numerator, one._denominator]
         if isinstance(one, dict):
             left += [*dict.keys(one), *dict.values(one)]
         for kind in (list, tuple, set, frozenset):

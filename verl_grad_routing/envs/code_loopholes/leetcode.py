@@ -39,6 +39,7 @@ def read(path: str | Path) -> tuple[Problem, ...]:
     if not path.is_file():
         raise UserError("problems", str(path), "no such file; give a JSONL file (fields: docs/environments.md)")
     found: dict[str, Problem] = {}
+    asked: dict[str, int] = {}
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -49,7 +50,10 @@ def read(path: str | Path) -> tuple[Problem, ...]:
             problem = _problem(where, line)
             if problem.id in found:
                 raise UserError(f"{where} id", problem.id, "this id is taken; give every problem its own")
-            found[problem.id] = problem
+            if problem.statement in asked:
+                fix = f"line {asked[problem.statement]} asks the same; give each question once: splits share none"
+                raise UserError(f"{where} question", problem.statement[:40], fix)
+            asked[problem.statement], found[problem.id] = number, problem
     if not found:
         raise UserError("problems", str(path), "the file is empty")
     return tuple(found.values())
