@@ -21,7 +21,7 @@ from verl_grad_routing.registry import nearest
 def run_routing_bench(
     json_path: Path | None = None, names: Sequence[str] | None = None, repeats: int = 100, keep_memory: bool = True
 ) -> dict[str, Any]:
-    """Measure, print one line a row, and write all samples to ``json_path``.
+    """Measure, print one line a row, and write all samples so far to ``json_path``.
 
     Args:
         json_path: File for the numbers.
@@ -44,6 +44,8 @@ def run_routing_bench(
     torch.set_num_threads(CPU_THREADS)
     keeps = keep_memory and keep_freed_memory()
     rows: dict[str, Any] = {}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {CPU_THREADS} thread"
+    results = {"rows": rows, "device": device, "torch": torch.__version__, "keeps_freed_memory": keeps}
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         for name in names or ROWS:
@@ -57,11 +59,9 @@ def run_routing_bench(
             rows[name]["over_bound"] = ratio.low > row.bound  # neither: its interval holds the bound
             rows[name] |= {"routed_s": a, "plain_s": b}
             print(f"{name:16} / {row.against}: {ratio}, bound {row.bound}{told}", flush=True)
+            if json_path is not None:  # after every row: one takes minutes
+                Path(json_path).write_text(json.dumps(results, indent=2))
         torch.distributed.destroy_process_group()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {CPU_THREADS} thread"
-    results = {"rows": rows, "device": device, "torch": torch.__version__, "keeps_freed_memory": keeps}
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps(results, indent=2))
     return results
 
 
